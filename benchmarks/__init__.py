@@ -1,0 +1,1 @@
+"""Benchmarks: what reca costs, measured beside its rivals on the same machine in the same run."""

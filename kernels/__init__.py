@@ -1,0 +1,20 @@
+"""Fused operators for reconstruction training; torch is enough until a CUDA tensor arrives, then Triton."""
+
+from __future__ import annotations
+
+if __name__ != "reca.kernels":
+    raise ImportError(
+        f"this folder is the package reca.kernels, got an import as {__name__!r}; "
+        "write `import reca.kernels`, or leave the repository root if another package was meant"
+    )
+
+from reca.kernels._library import Impl as Impl
+from reca.kernels.flow_matching_loss.op import flow_matching_loss as flow_matching_loss
+from reca.kernels.gated_mlp.op import gated_mlp as gated_mlp
+from reca.kernels.gated_mlp.op import swiglu as swiglu
+from reca.kernels.masked_token_loss.op import masked_token_loss as masked_token_loss
+from reca.kernels.qk_norm_rope.op import qk_norm_rope as qk_norm_rope
+from reca.kernels.rms_norm.op import add_rms_norm as add_rms_norm
+from reca.kernels.rms_norm.op import rms_norm as rms_norm
+
+OPERATORS = ("flow_matching_loss", "gated_mlp", "masked_token_loss", "qk_norm_rope", "rms_norm")

@@ -1,0 +1,1 @@
+"""Masked squared error of a velocity prediction: loss and gradient in one pass."""

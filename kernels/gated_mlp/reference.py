@@ -1,0 +1,27 @@
+"""The mathematics in plain torch, forward and explicit backward; fp32 inside, fp64 for fp64 inputs.
+
+product = silu(gate) * up,    silu(g) = g s,    s = 1 / (1 + exp(-g))
+d_gate  = d_product up s (1 + g (1 - s)),    d_up = d_product g s
+"""
+
+from __future__ import annotations
+
+import torch
+from reca.kernels._checks import compute_dtype
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def forward(gate_up: Tensor) -> Tensor:
+    """[..., inner] in the dtype of gate_up [..., 2 * inner], gate first."""
+    gate, up = gate_up.to(compute_dtype(gate_up)).chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
+
+
+def backward(d_product: Tensor, gate_up: Tensor) -> Tensor:
+    """d gate_up, [..., 2 * inner]."""
+    dtype = compute_dtype(gate_up)
+    gate, up = gate_up.to(dtype).chunk(2, dim=-1)
+    wide, sigmoid = d_product.to(dtype), torch.sigmoid(gate)
+    d_gate = wide * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return torch.cat([d_gate, wide * gate * sigmoid], dim=-1).to(gate_up.dtype)

@@ -1,0 +1,234 @@
+# mypy: disable-error-code="import-untyped"
+"""Every kernel compiled for every architecture without a GPU: registers, spills, shared memory, instructions.
+
+Nothing is declared twice: the launchers run on meta tensors of real sizes, their launches are recorded, and
+what would have been launched is compiled with the specialisations (alignment, constants) of that launch.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from reca.kernels._launch import Launch, record_launches
+from torch import Tensor
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""KiB of shared memory that one program may use."""
+
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledKernel:
+    """What the compiler's own tools say about one kernel on one architecture.
+
+    Attributes:
+        kernel: "case/function".
+        architecture: 90 for sm_90 and so on.
+        registers: per thread.
+        spills: instructions that move registers to local memory and back.
+        shared_bytes: shared memory per program.
+        loads_128, stores_128: global accesses of 16 bytes per thread.
+        instructions: length of the machine code.
+        narrow_products: 32-bit products of a runtime size, which overflow beyond 2^31 elements.
+    """
+
+    kernel: str
+    architecture: int
+    registers: int
+    spills: int
+    shared_bytes: int
+    loads_128: int
+    stores_128: int
+    instructions: int
+    narrow_products: int
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _flow_matching_loss() -> None:
+    from reca.kernels.flow_matching_loss import kernel
+
+    rows = _meta(32768, 64)
+    kernel.forward(rows, rows, rows, _meta(32768, dtype=torch.float32), True)
+
+
+def _rms_norm() -> None:
+    from reca.kernels.rms_norm import kernel
+
+    rows, weight = _meta(32768, 3584), _meta(3584)
+    summed, normed, rstd = kernel.forward(rows, rows, weight, 1e-6)
+    kernel.backward(normed, summed, summed, weight, rstd, True, True)
+
+
+def _rms_norm_narrow() -> None:
+    from reca.kernels.rms_norm import kernel
+
+    rows, weight = _meta(131072, 128), _meta(128)
+    _, normed, rstd = kernel.forward(rows, None, weight, 1e-6)
+    kernel.backward(normed, None, rows, weight, rstd, True, True)
+
+
+def _gated_mlp() -> None:
+    from reca.kernels.gated_mlp import kernel
+
+    gate_up = _meta(32768, 2 * 18944)
+    kernel.backward(kernel.forward(gate_up), gate_up, True)
+
+
+def _masked_token_loss() -> None:
+    from reca.kernels.masked_token_loss import kernel
+
+    labels = _meta(1304, dtype=torch.int64)
+    kernel.loss_rows_(_meta(1304, 58560), 58498, labels, True)
+
+
+def _qk_norm_rope() -> None:
+    from reca.kernels.qk_norm_rope import kernel
+
+    qkv, weight, angle = _meta(32768, 36 * 128), _meta(128), _meta(32768, 64, dtype=torch.float32)
+    inputs: tuple[Any, ...] = (qkv, weight, weight, angle, angle, 28, 4, 1e-6)
+    kernel.backward(*kernel.forward(*inputs), *(*inputs, True, True))
+
+
+def _qk_norm_rope_partial() -> None:
+    from reca.kernels.qk_norm_rope import kernel
+
+    qkv, angle = _meta(8192, 96 * 64), _meta(8192, 16, dtype=torch.float32)
+    inputs: tuple[Any, ...] = (qkv, None, None, angle, angle, 32, 32, 1e-6)
+    kernel.backward(*kernel.forward(*inputs), *(*inputs, True, False))
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "flow_matching_loss": _flow_matching_loss,
+    "rms_norm": _rms_norm,
+    "rms_norm_narrow": _rms_norm_narrow,
+    "gated_mlp": _gated_mlp,
+    "masked_token_loss": _masked_token_loss,
+    "qk_norm_rope": _qk_norm_rope,
+    "qk_norm_rope_partial": _qk_norm_rope_partial,
+}
+
+
+def launches(architecture: int) -> Iterator[tuple[str, Launch]]:
+    """("case/function", launch) for everything that the cases would launch on this architecture."""
+    for case, run in CASES.items():
+        with record_launches(architecture) as recording:
+            run()
+        for made in recording.launches:
+            yield f"{case}/{made.kernel.__name__.removeprefix('_').removesuffix('_kernel')}", made
+
+
+def _specialise(value: Any) -> tuple[str, bool]:
+    """(Triton type, whether Triton assumes divisibility by 16) of an argument, as its launcher decides."""
+    if isinstance(value, Tensor):
+        return f"*{_TYPES[value.dtype]}", True
+    if isinstance(value, float):
+        return "fp32", False
+    return "i32" if -(1 << 31) <= value < 1 << 31 else "i64", value % 16 == 0
+
+
+def _source(made: Launch) -> Any:
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    arguments = dict(zip(made.kernel.arg_names, made.arguments, strict=False)) | made.constants
+    for index, name in enumerate(made.kernel.arg_names):
+        value = arguments[name]
+        # An integer 1 is a constant for the launcher too: unit strides vectorise.
+        if name in made.constants or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name], divisible = _specialise(value)
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return ASTSource(made.kernel, signature, constants, attributes)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    from triton import knobs
+
+    command = [getattr(knobs.nvidia, name).path, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def narrow_products(ttir: str) -> int:
+    """Products in 32 bits of a runtime size with anything but a constant: offsets that can overflow."""
+    header = ttir[ttir.index("tt.func public") :].split("\n", 1)[0]
+    sizes = set(re.findall(r"(%\w+): i32", header))
+    constants: set[str] = set()
+    found = 0
+    for result, operation, rest in re.findall(r"^\s*(%\w+) = ([\w.]+) (.*)$", ttir, re.MULTILINE):
+        operands = set(re.findall(r"%\w+", rest.split(" : ")[0]))
+        if operation == "arith.constant":
+            constants.add(result)
+        if operands & sizes and re.search(r"\bi32>?(?:\s+loc\(.*)?$|xi32>", rest):
+            sizes.add(result)
+            found += operation == "arith.muli" and not operands & constants
+    return found
+
+
+def _inspect(name: str, architecture: int, compiled: Any) -> CompiledKernel:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", str(cubin))
+        listing = _tool("nvdisasm", "-c", str(cubin))
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers is not None, f"cuobjdump printed no register count for {name}: {usage}"
+    return CompiledKernel(
+        kernel=name,
+        architecture=architecture,
+        registers=int(registers[1]),
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", listing)),
+        shared_bytes=compiled.metadata.shared,
+        loads_128=len(re.findall(r"\bLDG[.\w]*\.128", listing)),
+        stores_128=len(re.findall(r"\bSTG[.\w]*\.128", listing)),
+        instructions=len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", listing, re.MULTILINE)),
+        narrow_products=narrow_products(compiled.asm["ttir"]),
+    )
+
+
+def compile_all(architectures: Iterable[int] = ARCHITECTURES) -> list[CompiledKernel]:
+    """Compile every kernel at real sizes for every architecture; about half a second each, no GPU needed.
+
+    Args:
+        architectures: e.g. (80, 90).
+
+    Returns: one row per kernel and architecture.
+    Raises: RuntimeError in a process whose Triton interprets; subprocess.CalledProcessError if a tool fails.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "compile_all: Triton interprets in this process, so nothing would be compiled; "
+            "unset TRITON_INTERPRET"
+        )
+    rows = []
+    for architecture in architectures:
+        for name, made in launches(architecture):
+            target = GPUTarget("cuda", architecture, 32)
+            compiled = triton.compile(_source(made), target=target, options={"num_warps": made.warps})
+            rows.append(_inspect(name, architecture, compiled))
+    return rows

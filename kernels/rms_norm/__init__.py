@@ -1,0 +1,1 @@
+"""RMSNorm, optionally after a residual add."""

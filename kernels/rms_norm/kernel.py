@@ -1,0 +1,180 @@
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
+"""Triton: one program per group of rows; a row stays in registers between its reduction and its use."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from reca.kernels._launch import (
+    architecture_of,
+    as_rows,
+    ceil_div,
+    launch,
+    launch_config,
+    next_power_of_two,
+    rows_per_program,
+)
+from torch import Tensor
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    summed_ptr,
+    normed_ptr,
+    rstd_ptr,
+    rows_total,
+    dim,
+    x_stride,
+    residual_stride,
+    eps,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, COLS)
+    inside = (rows < rows_total)[:, None] & (cols < dim)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * x_stride + cols, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + rows[:, None] * residual_stride + cols, mask=inside, other=0.0)
+        summed = (x + residual.to(tl.float32)).to(summed_ptr.dtype.element_ty)
+        tl.store(summed_ptr + rows[:, None] * dim + cols, summed, mask=inside)
+        # The norm sees what the residual stream holds, so the backward can recompute it from there.
+        x = summed.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(x * x, axis=1) / dim + eps)
+    weight = tl.load(weight_ptr + cols, mask=cols < dim, other=0.0).to(tl.float32)
+    normed = x * rstd[:, None] * weight[None, :]
+    tl.store(normed_ptr + rows[:, None] * dim + cols, normed.to(normed_ptr.dtype.element_ty), mask=inside)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < rows_total)
+
+
+@triton.jit
+def _backward_kernel(
+    d_normed_ptr,
+    d_summed_ptr,
+    x_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    partial_ptr,
+    rows_total,
+    dim,
+    d_normed_stride,
+    d_summed_stride,
+    x_stride,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    STEPS: tl.constexpr,
+    HAS_D_SUMMED: tl.constexpr,
+    WITH_DX: tl.constexpr,
+    WITH_DWEIGHT: tl.constexpr,
+):
+    cols = tl.arange(0, COLS)
+    weight = tl.load(weight_ptr + cols, mask=cols < dim, other=0.0).to(tl.float32)
+    d_weight = tl.zeros([COLS], tl.float32)
+    for step in range(STEPS):
+        rows = (tl.program_id(0).to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)
+        inside = (rows < rows_total)[:, None] & (cols < dim)[None, :]
+        d_normed = tl.load(d_normed_ptr + rows[:, None] * d_normed_stride + cols, mask=inside, other=0.0)
+        x = tl.load(x_ptr + rows[:, None] * x_stride + cols, mask=inside, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < rows_total, other=0.0)
+        d_normed = d_normed.to(tl.float32)
+        hat = x.to(tl.float32) * rstd[:, None]
+        if WITH_DWEIGHT:
+            d_weight += tl.sum(d_normed * hat, axis=0)
+        if WITH_DX:
+            d_hat = d_normed * weight[None, :]
+            mean = tl.sum(d_hat * hat, axis=1) / dim
+            dx = rstd[:, None] * (d_hat - hat * mean[:, None])
+            if HAS_D_SUMMED:
+                d_summed_rows = d_summed_ptr + rows[:, None] * d_summed_stride
+                dx += tl.load(d_summed_rows + cols, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx_ptr + rows[:, None] * dim + cols, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    if WITH_DWEIGHT:
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * dim + cols, d_weight, mask=cols < dim)
+
+
+def _tile(x: Tensor) -> tuple[int, int, int]:
+    """(rows, columns, warps): whole rows, as many as fill the tile."""
+    config = launch_config("rms_norm", architecture_of(x), x.dtype, x.shape[1])
+    columns = next_power_of_two(x.shape[1])
+    return max(1, config.tile // columns), columns, config.warps
+
+
+def forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(summed [rows, dim], empty without residual; normed [rows, dim]; rstd [rows] fp32) of x [rows, dim]."""
+    x, weight = as_rows(x), weight.contiguous()
+    rows_total, dim = x.shape
+    residual = None if residual is None else as_rows(residual)
+    rows, cols, warps = _tile(x)
+    summed = x.new_empty((0,) if residual is None else x.shape)
+    normed = x.new_empty(x.shape)
+    rstd = x.new_empty(rows_total, dtype=torch.float32)
+    launch(
+        _forward_kernel,
+        (ceil_div(rows_total, rows),),
+        x,
+        x if residual is None else residual,
+        weight,
+        summed,
+        normed,
+        rstd,
+        rows_total,
+        dim,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        eps,
+        warps=warps,
+        ROWS=rows,
+        COLS=cols,
+        HAS_RESIDUAL=residual is not None,
+    )
+    return summed, normed, rstd
+
+
+def backward(
+    d_normed: Tensor,
+    d_summed: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    with_dx: bool,
+    with_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dx [rows, dim], dweight [dim]); what is not asked for is empty."""
+    d_normed, x, weight = as_rows(d_normed), as_rows(x), weight.contiguous()
+    d_summed = None if d_summed is None else as_rows(d_summed)
+    rows_total, dim = x.shape
+    rows, cols, warps = _tile(x)
+    steps = ceil_div(rows_per_program(rows_total, architecture_of(x)), rows)
+    grid = (ceil_div(rows_total, rows * steps),)
+    dx = x.new_empty(x.shape if with_dx else (0,))
+    partial = x.new_empty((*grid, dim) if with_dweight else (0,), dtype=torch.float32)
+    launch(
+        _backward_kernel,
+        grid,
+        d_normed,
+        d_normed if d_summed is None else d_summed,
+        x,
+        weight,
+        rstd,
+        dx,
+        partial,
+        rows_total,
+        dim,
+        d_normed.stride(0),
+        0 if d_summed is None else d_summed.stride(0),
+        x.stride(0),
+        warps=warps,
+        ROWS=rows,
+        COLS=cols,
+        STEPS=steps,
+        HAS_D_SUMMED=d_summed is not None,
+        WITH_DX=with_dx,
+        WITH_DWEIGHT=with_dweight,
+    )
+    return dx, partial.sum(dim=0).to(weight.dtype) if with_dweight else weight.new_empty(0)

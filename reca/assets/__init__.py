@@ -1,0 +1,1 @@
+"""Data that ships with reca: photographs, prompts and the quickstart's starting weights."""

@@ -1,0 +1,198 @@
+"""The training configuration: frozen, typed, complete; one schema for Python, YAML and the command line.
+
+A recipe is a function returning a `TrainConfig`; YAML files and dotted `key=value` arguments override it.
+Every field
+is read somewhere (a test looks), none is read from the environment, and an invalid combination fails here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every part of the configuration: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class DataConfig(Section):
+    """Where images come from and how they are grouped into steps.
+
+    Attributes:
+        path: folder of images (recursive) or of WebDataset tar files; a tar file; `package:photos` are the
+            shipped ones.
+        prompts: file with one reconstruction instruction per line; None uses the templates that ship with
+            reca.
+        prompt_dropout: probability that a sample is trained without its instruction.
+        images: most images of one optimizer step.
+        tokens: a step is closed once it holds this many sequence tokens; None closes by `images` alone.
+        max_tokens: a step never holds more than this many tokens.
+        max_sample_tokens: a longer sample is rejected and counted.
+        micro_images: images of one microbatch; None runs the step as one. Gradients do not depend on it.
+        workers: loader processes; 0 decodes in the training process. The sample order does not depend on it.
+        max_pixels: images with more pixels are rejected before they are decoded.
+    """
+
+    path: str | None = None
+    prompts: Path | None = None
+    prompt_dropout: Fraction = 0.1
+    images: Positive = 8
+    tokens: Positive | None = None
+    max_tokens: Positive = 36_864
+    max_sample_tokens: Positive = 16_384
+    micro_images: Positive | None = None
+    workers: NonNegative = 2
+    max_pixels: Positive = 64_000_000
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataConfig:
+        if self.tokens is not None and self.tokens > self.max_tokens:
+            raise ValueError(f"tokens={self.tokens} must not exceed max_tokens={self.max_tokens}")
+        if self.max_sample_tokens > self.max_tokens:
+            raise ValueError(
+                f"max_sample_tokens={self.max_sample_tokens} must not exceed max_tokens={self.max_tokens}"
+            )
+        return self
+
+
+class OptimConfig(Section):
+    """AdamW, its schedule, clipping and the average of the weights.
+
+    Attributes:
+        lr: peak learning rate.
+        schedule: `constant` or `cosine` (to `min_lr`) after `warmup_steps` of linear warm-up from exactly 0.
+        betas, eps: decays of AdamW's two moments, and what is added to the root of the second.
+        weight_decay: decoupled decay of the trained tensors with two or more dimensions.
+        decay_vectors: also decay tensors with fewer dimensions (biases, norms).
+        no_decay: parts of names; a tensor whose name contains one of them is not decayed.
+        clip_norm: largest global gradient norm; None switches clipping off.
+        ema: decay of the exponential moving average of the trained tensors; None keeps no average.
+        max_bad_steps: consecutive steps with a non-finite loss or gradient that are skipped before the run
+            aborts.
+    """
+
+    lr: Annotated[float, Field(gt=0)] = 4e-5
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-15
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    decay_vectors: bool = False
+    no_decay: tuple[str, ...] = ()
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: NonNegative = 0
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_bad_steps: Positive = 5
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OptimConfig:
+        if self.schedule == "constant" and self.min_lr > 0:
+            raise ValueError(
+                "min_lr would be ignored by schedule=constant; use schedule=cosine or drop min_lr"
+            )
+        if self.weight_decay == 0 and (self.decay_vectors or self.no_decay):
+            raise ValueError(
+                "decay_vectors and no_decay would be ignored by weight_decay=0; set it or drop them"
+            )
+        return self
+
+
+class ComputeConfig(Section):
+    """How the step is executed.
+
+    Attributes:
+        device: `auto` takes CUDA when there is one.
+        precision: `fp32`, or `bf16`: frozen weights and activations in bf16, trained weights and losses in
+            fp32.
+        recompute: recompute each of `model.blocks()` in the backward pass instead of storing its activations.
+        attention: back end of `attention()`; `auto` chooses by capability, `reca doctor` explains the choice.
+        threads: CPU threads; None leaves torch's default. Bitwise resumption needs the same number.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: bool = False
+    attention: Literal[
+        "auto", "reference", "sdpa", "varlen", "flex", "flash2", "flash3", "flash4", "xformers"
+    ] = "auto"
+    threads: Positive | None = None
+
+
+class SampleConfig(Section):
+    """Pictures made while training, and how pictures are made from the finished run.
+
+    Attributes:
+        every: steps between evaluations; step 0 and the last step are always evaluated. None evaluates only
+            those two.
+        images: held-out photographs to reconstruct.
+        steps: points of the sampler's time grid.
+        text_guidance, image_guidance: classifier-free guidance scales; 1 switches one off.
+        shift: timestep shift of the sampler.
+    """
+
+    every: Positive | None = None
+    images: NonNegative = 4
+    steps: Annotated[int, Field(ge=2)] = 50
+    text_guidance: Annotated[float, Field(ge=1)] = 1.0
+    image_guidance: Annotated[float, Field(ge=1)] = 1.0
+    shift: Annotated[float, Field(gt=0)] = 3.0
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many are kept.
+
+    Attributes:
+        every: steps between checkpoints; the last step is always saved.
+        keep: newest checkpoints that are kept; the last good one is never deleted.
+    """
+
+    every: Positive = 250
+    keep: Positive = 2
+
+
+class TrainConfig(Section):
+    """Everything that defines a training run.
+
+    Attributes:
+        recipe: name of the recipe this came from.
+        model: `family/variant`.
+        weights: folder or file of the starting weights; None needs a recipe that ships them.
+        loss_weights: loss term -> weight; a name that the model does not yield is an error.
+        normalize: `global` divides each term's sum by its count over all microbatches; `microbatch` by each
+            one's own.
+        timestep_shift: shift of the training timesteps; None takes the family's published value.
+        log_every: steps between lines of metrics.jsonl.
+    """
+
+    recipe: str
+    model: str
+    weights: str | None = None
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    compute: ComputeConfig = ComputeConfig()
+    sample: SampleConfig = SampleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    loss_weights: dict[str, Annotated[float, Field(ge=0)]] = {"reconstruction": 1.0}
+    normalize: Literal["global", "microbatch"] = "global"
+    timestep_shift: Annotated[float, Field(gt=0)] | None = None
+    steps: Positive = 1000
+    seed: NonNegative = 0
+    log_every: Positive = 1
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.optim.warmup_steps > self.steps:
+            raise ValueError(
+                f"optim.warmup_steps={self.optim.warmup_steps} must not exceed steps={self.steps}"
+            )
+        if not any(self.loss_weights.values()):
+            raise ValueError("loss_weights must hold at least one positive weight")
+        return self

@@ -1,0 +1,1 @@
+"""The engine: steps, optimizer, run loop and checkpoints; it knows no model."""

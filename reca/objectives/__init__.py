@@ -1,0 +1,1 @@
+"""Objectives: (prediction, target, draws) -> a sum."""

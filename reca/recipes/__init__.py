@@ -1,0 +1,24 @@
+"""Recipes: the only place where models, data and the engine meet. Importing this imports none of them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from reca.config import TrainConfig
+from reca.errors import ConfigError, nearest
+
+RECIPES = {
+    "quickstart": "reca.recipes.quickstart:quickstart",
+    "bagel-7b": "reca.recipes.bagel:bagel_7b",
+    "bagel-smoke": "reca.recipes.bagel:bagel_smoke",
+}
+
+
+def get_recipe(name: str) -> Callable[[], TrainConfig]:
+    """The function that builds a recipe's configuration. Raises ConfigError naming the nearest recipe."""
+    if name not in RECIPES:
+        raise ConfigError(f"unknown recipe {name!r}; {nearest(name, RECIPES)}")
+    module, _, function = RECIPES[name].partition(":")
+    recipe: Callable[[], TrainConfig] = getattr(importlib.import_module(module), function)
+    return recipe
