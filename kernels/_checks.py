@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import get_args
 
 import torch
-from reca.kernels._library import Impl
 from torch import Tensor
+
+from reca.kernels._library import Impl
 
 MAX_WIDTH = 32768
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)

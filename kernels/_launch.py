@@ -56,6 +56,14 @@ class Entry:
 
 
 TABLE: dict[str, tuple[Entry, ...]] = {
+    "adamw": (
+        Entry(
+            ANY_WIDTH,
+            LaunchConfig(tile=1024, warps=4),
+            "arithmetic: 8 elements per thread are two 128-bit accesses per fp32 operand and one per bf16; "
+            "seven streams in flight per thread hide the latency without more warps",
+        ),
+    ),
     "flow_matching_loss": (
         Entry(
             ANY_WIDTH,

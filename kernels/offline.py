@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reca.kernels._launch import Launch, record_launches
 from torch import Tensor
+
+from reca.kernels._launch import Launch, record_launches
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -29,6 +30,7 @@ _TYPES = {
     torch.float32: "fp32",
     torch.int64: "i64",
     torch.int32: "i32",
+    torch.int16: "i16",
     torch.bool: "i1",
 }
 
@@ -61,6 +63,26 @@ class CompiledKernel:
 
 def _meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _adamw(weight: Tensor, low: Tensor | None, step: Tensor | None) -> None:
+    from reca.kernels.adamw import kernel
+
+    state, scalar = _meta(weight.shape[0], dtype=torch.float32), _meta(dtype=torch.float32)
+    tensors = (_meta(weight.shape[0]), state, state, state, scalar, scalar, scalar, _meta(dtype=torch.bool))
+    kernel.step_(weight, low, *tensors, step, 0.9, 0.95, 1e-8, 0.02, 0.999, -(1 << 40), 1 << 32)
+
+
+def _adamw_fp32() -> None:
+    _adamw(_meta(1 << 32, dtype=torch.float32), None, None)
+
+
+def _adamw_split() -> None:
+    _adamw(_meta(1 << 32), _meta(1 << 32, dtype=torch.int16), None)
+
+
+def _adamw_rounded() -> None:
+    _adamw(_meta(1 << 32), None, _meta(dtype=torch.int64))
 
 
 def _flow_matching_loss() -> None:
@@ -117,6 +139,9 @@ def _qk_norm_rope_partial() -> None:
 
 
 CASES: dict[str, Callable[[], None]] = {
+    "adamw": _adamw_fp32,
+    "adamw_split": _adamw_split,
+    "adamw_rounded": _adamw_rounded,
     "flow_matching_loss": _flow_matching_loss,
     "rms_norm": _rms_norm,
     "rms_norm_narrow": _rms_norm_narrow,

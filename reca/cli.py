@@ -192,16 +192,26 @@ def verify(
     raise typer.Exit(0 if all(result.passed for result in results) else 1)
 
 
-@app.command(epilog="Example: `reca doctor --json`")
-def doctor(as_json: Json = False) -> None:
+@app.command(epilog="Example: `reca doctor --json`, or `reca doctor --compile` after changing a kernel")
+def doctor(
+    compile_kernels: Annotated[
+        bool,
+        typer.Option("--compile", help="Build every Triton kernel for every architecture; needs no GPU."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """What this machine has, which attention back ends and kernels will be used, and why not the others."""
-    from reca.commands.doctor import collect, render
+    from reca.commands import doctor as command
 
-    report = collect()
+    if compile_kernels:
+        rows = command.compile_kernels()
+        _print_json(rows) if as_json else command.render_compiled(rows)
+        return
+    report = command.collect()
     if as_json:
         _print_json(report)
     else:
-        render(report)
+        command.render(report)
 
 
 @app.command(epilog="Example: `reca report runs/quickstart`")

@@ -16,6 +16,9 @@ Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
+TASKS = ("reconstruction", "image_to_text", "text_to_image")
+"""What one microbatch can train, and the name of its loss term."""
+
 
 class Section(BaseModel):
     """Base of every part of the configuration: frozen, and unknown keys are errors."""
@@ -23,37 +26,27 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-class DataConfig(Section):
-    """Where images come from and how they are grouped into steps.
+class StreamConfig(Section):
+    """A stream of samples: where they come from and how they are grouped into steps.
 
     Attributes:
-        path: folder of images (recursive) or of WebDataset tar files; a tar file; `package:photos` are the
-            shipped ones.
-        prompts: file with one reconstruction instruction per line; None uses the templates that ship with
-            reca.
-        prompt_dropout: probability that a sample is trained without its instruction.
+        path: what to read; the kinds are those of the class that inherits.
         images: most images of one optimizer step.
         tokens: a step is closed once it holds this many sequence tokens; None closes by `images` alone.
         max_tokens: a step never holds more than this many tokens.
         max_sample_tokens: a longer sample is rejected and counted.
         micro_images: images of one microbatch; None runs the step as one. Gradients do not depend on it.
-        workers: loader processes; 0 decodes in the training process. The sample order does not depend on it.
-        max_pixels: images with more pixels are rejected before they are decoded.
     """
 
     path: str | None = None
-    prompts: Path | None = None
-    prompt_dropout: Fraction = 0.1
     images: Positive = 8
     tokens: Positive | None = None
     max_tokens: Positive = 36_864
     max_sample_tokens: Positive = 16_384
     micro_images: Positive | None = None
-    workers: NonNegative = 2
-    max_pixels: Positive = 64_000_000
 
     @model_validator(mode="after")
-    def _consistent(self) -> DataConfig:
+    def _consistent(self) -> StreamConfig:
         if self.tokens is not None and self.tokens > self.max_tokens:
             raise ValueError(f"tokens={self.tokens} must not exceed max_tokens={self.max_tokens}")
         if self.max_sample_tokens > self.max_tokens:
@@ -61,6 +54,51 @@ class DataConfig(Section):
                 f"max_sample_tokens={self.max_sample_tokens} must not exceed max_tokens={self.max_tokens}"
             )
         return self
+
+
+class DataConfig(StreamConfig):
+    """The images that are reconstructed; `workers` and `max_pixels` hold for every stream.
+
+    Attributes:
+        path: folder of images (recursive) or of WebDataset tar files; a tar file; `package:photos` are the
+            shipped ones.
+        prompts: file with one reconstruction instruction per line; None uses the templates that ship with
+            reca.
+        prompt_dropout: probability that a sample is trained without its instruction.
+        images, tokens, max_tokens, max_sample_tokens, micro_images: as in StreamConfig.
+        workers: loader processes of each stream; 0 decodes in the training process. The sample order does not
+            depend on it.
+        max_pixels: images with more pixels are rejected before they are decoded.
+    """
+
+    prompts: Path | None = None
+    prompt_dropout: Fraction = 0.1
+    workers: NonNegative = 2
+    max_pixels: Positive = 64_000_000
+
+
+class ConversationConfig(StreamConfig):
+    """Conversations about images, mixed into every step as image-to-text microbatches.
+
+    Attributes:
+        path: JSON or JSONL file of entries {image, conversations: [{from: human|gpt, value}]}, as LLaVA's.
+        root: folder that the entries' images lie below; None takes that of `path`. Nothing outside is read.
+        images, tokens, max_tokens, max_sample_tokens, micro_images: as in StreamConfig.
+    """
+
+    root: Path | None = None
+
+
+class CaptionConfig(StreamConfig):
+    """Captioned images, mixed into every step as text-to-image microbatches.
+
+    Attributes:
+        path: folder of images (recursive), each with its caption in a .txt file of the same name beside it.
+        dropout: probability that a sample is trained without its caption, for classifier-free guidance.
+        images, tokens, max_tokens, max_sample_tokens, micro_images: as in StreamConfig.
+    """
+
+    dropout: Fraction = 0.1
 
 
 class OptimConfig(Section):
@@ -165,7 +203,10 @@ class TrainConfig(Section):
         recipe: name of the recipe this came from.
         model: `family/variant`.
         weights: folder or file of the starting weights; None needs a recipe that ships them.
-        loss_weights: loss term -> weight; a name that the model does not yield is an error.
+        image_to_text, text_to_image: further streams, whose microbatches join those of `data` in every step;
+            None leaves the task out.
+        loss_weights: loss term -> weight; a name that the model does not yield is an error, and so is a
+            stream without a positive weight.
         normalize: `global` divides each term's sum by its count over all microbatches; `microbatch` by each
             one's own.
         timestep_shift: shift of the training timesteps; None takes the family's published value.
@@ -176,6 +217,8 @@ class TrainConfig(Section):
     model: str
     weights: str | None = None
     data: DataConfig = DataConfig()
+    image_to_text: ConversationConfig | None = None
+    text_to_image: CaptionConfig | None = None
     optim: OptimConfig = OptimConfig()
     compute: ComputeConfig = ComputeConfig()
     sample: SampleConfig = SampleConfig()
@@ -195,4 +238,24 @@ class TrainConfig(Section):
             )
         if not any(self.loss_weights.values()):
             raise ValueError("loss_weights must hold at least one positive weight")
+        for task in TASKS:
+            if task in self.tasks and not self.loss_weights.get(task):
+                raise ValueError(
+                    f"{task} is trained, so it needs a weight: set loss_weights.{task}=1{_drop(task)}"
+                )
+            if task not in self.tasks and task in self.loss_weights:
+                raise ValueError(
+                    f"loss_weights.{task} would be ignored: nothing trains it; set {task}.path, "
+                    f"or drop the weight with loss_weights.{task}=null"
+                )
         return self
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of every step, in the order of its microbatches."""
+        further = {"image_to_text": self.image_to_text, "text_to_image": self.text_to_image}
+        return (TASKS[0], *(task for task, stream in further.items() if stream is not None))
+
+
+def _drop(task: str) -> str:
+    return "" if task == TASKS[0] else f", or leave it out with {task}=null"

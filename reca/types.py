@@ -8,7 +8,7 @@ owns the normalisation and divides by global counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, Self, TypeAlias, TypeVar, runtime_checkable
 
@@ -20,6 +20,10 @@ from reca.randomness import RandomSource
 
 LossTerms: TypeAlias = Mapping[str, Tensor]
 """Name -> scalar fp32 tensor: a SUM over elements, never a mean."""
+
+
+Text: TypeAlias = str | tuple[tuple[str, str], ...] | None
+"""What a sample says: an instruction or caption (None: dropped), or the (question, answer) turns about it."""
 
 
 def _map_tensors(value: Any, function: Any) -> Any:
@@ -120,7 +124,14 @@ class StepBatches:
 
 
 class StepLoader(Protocol):
-    """An endless, deterministic, resumable stream of steps."""
+    """An endless, deterministic, resumable stream of steps.
+
+    Attributes:
+        on_wait: called a few times a second while `__next__` waits; what it raises abandons the step. A
+            signal handler must not raise into the loader: it may hold locks that its workers need.
+    """
+
+    on_wait: Callable[[], None]
 
     def __next__(self) -> StepBatches: ...
 
@@ -143,15 +154,17 @@ class Example(Protocol):
 
 
 class Processor(Protocol):
-    """How a family turns images into batches. Runs in loader workers: picklable, and holds no model."""
+    """How a family turns the samples of one task into batches.
 
-    def prepare(
-        self, image: Image.Image, prompt: str | None, random: RandomSource, sample_id: int
-    ) -> Example:
-        """Resize, normalise and tokenise one RGB image. Random decisions come from `random` keyed by
-        `sample_id`.
+    Runs in loader workers: picklable, and holds no model.
+    """
 
-        `prompt` None: the instruction of this sample is dropped (the loader has drawn that already).
+    def prepare(self, image: Image.Image, text: Text, random: RandomSource, sample_id: int) -> Example:
+        """Resize, normalise and tokenise one RGB image and its text.
+
+        Random decisions come from `random` keyed by `sample_id`. By task, `text` is the reconstruction
+        instruction, the turns of a conversation, or a caption; None: it is dropped (the loader has drawn that
+        already).
         """
         ...
 

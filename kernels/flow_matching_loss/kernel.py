@@ -6,8 +6,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from reca.kernels._launch import architecture_of, as_rows, ceil_div, launch, launch_config, tile_shape
 from torch import Tensor
+
+from reca.kernels._launch import architecture_of, as_rows, ceil_div, launch, launch_config, tile_shape
 
 
 @triton.jit

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
 from reca.kernels._checks import check_dtype, check_impl, check_same_device, check_same_dtype, check_shape
 from reca.kernels._library import Impl, define_op
 from reca.kernels.flow_matching_loss import reference
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _NAME = "flow_matching_loss"
 

@@ -7,8 +7,9 @@ loss     = sum_i mask_i / dim * sum_d error_id^2
 from __future__ import annotations
 
 import torch
-from reca.kernels._checks import compute_dtype
 from torch import Tensor
+
+from reca.kernels._checks import compute_dtype
 
 
 def _error(prediction: Tensor, clean: Tensor, noise: Tensor, mask: Tensor) -> Tensor:

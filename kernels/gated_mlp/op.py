@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from reca.kernels._checks import check_impl, check_same_device, check_same_dtype, check_shape
-from reca.kernels._library import Impl, define_op
-from reca.kernels.gated_mlp import reference
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from reca.kernels._checks import check_impl, check_same_device, check_same_dtype, check_shape
+from reca.kernels._library import Impl, define_op
+from reca.kernels.gated_mlp import reference
 
 
 def _cuda(gate_up: Tensor) -> Tensor:

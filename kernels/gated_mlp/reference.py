@@ -7,9 +7,10 @@ d_gate  = d_product up s (1 + g (1 - s)),    d_up = d_product g s
 from __future__ import annotations
 
 import torch
-from reca.kernels._checks import compute_dtype
 from torch import Tensor
 from torch.nn import functional as F
+
+from reca.kernels._checks import compute_dtype
 
 
 def forward(gate_up: Tensor) -> Tensor:

@@ -6,9 +6,10 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from reca.kernels._launch import architecture_of, launch, launch_config, next_power_of_two
 from reca.kernels.masked_token_loss.reference import IGNORED
-from torch import Tensor
 
 
 @triton.jit

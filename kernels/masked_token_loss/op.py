@@ -6,6 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
 from reca.kernels._checks import (
     check_dtype,
     check_impl,
@@ -17,8 +20,6 @@ from reca.kernels._checks import (
 from reca.kernels._launch import ceil_div
 from reca.kernels._library import Impl, define_op
 from reca.kernels.masked_token_loss import reference
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _NAME = "masked_token_loss"
 _LOGITS_BYTES = 384 << 20

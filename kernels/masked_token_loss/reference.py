@@ -8,9 +8,10 @@ d loss_i / d logits_iv = exp(logits_iv - lse_i) - [v = label_i]
 from __future__ import annotations
 
 import torch
-from reca.kernels._checks import compute_dtype
 from torch import Tensor
 from torch.nn import functional as F
+
+from reca.kernels._checks import compute_dtype
 
 IGNORED = -100
 """The label of a row that does not count."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from reca.kernels._launch import (
     architecture_of,
     as_rows,
@@ -18,7 +20,6 @@ from reca.kernels._launch import (
     next_power_of_two,
 )
 from reca.kernels._triton import head_dot, load_head, load_head_weight, store_head
-from torch import Tensor
 
 
 @triton.jit

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
 from reca.kernels._checks import (
     FLOATS,
     check_dtype,
@@ -15,8 +18,6 @@ from reca.kernels._checks import (
 )
 from reca.kernels._library import Impl, define_op
 from reca.kernels.qk_norm_rope import reference
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _NAME = "qk_norm_rope"
 

@@ -8,8 +8,9 @@ y_j = n_j                                                                   for 
 from __future__ import annotations
 
 import torch
-from reca.kernels._checks import compute_dtype
 from torch import Tensor
+
+from reca.kernels._checks import compute_dtype
 
 
 def _split(rows: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from reca.kernels._launch import (
     architecture_of,
     as_rows,
@@ -15,7 +17,6 @@ from reca.kernels._launch import (
     next_power_of_two,
     rows_per_program,
 )
-from torch import Tensor
 
 
 @triton.jit

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
 from reca.kernels._checks import (
     FLOATS,
     check_dtype,
@@ -17,8 +20,6 @@ from reca.kernels._checks import (
 )
 from reca.kernels._library import Impl, define_op
 from reca.kernels.rms_norm import reference
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def _cpu(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,8 +8,9 @@ normed_id = summed_id * rstd_i * weight_d                     (rounded once, at 
 from __future__ import annotations
 
 import torch
-from reca.kernels._checks import compute_dtype
 from torch import Tensor
+
+from reca.kernels._checks import compute_dtype
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

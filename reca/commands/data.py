@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import closing
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -22,15 +21,14 @@ from reca.data.prompts import load_prompts
 from reca.data.sources import Source, open_source
 from reca.data.workers import OrderedWorkers
 from reca.errors import DataError
-from reca.files import write_atomic
 from reca.images import ImageRejected, ImageSpec, load_image, resize, resized_size
 from reca.models import get_variant
+from reca.sheet import contact_sheet, write_png
 
 _SHORT_SIDES = (256, 512, 768, 1024, 2048)
 _TOKENS_PER_WORD = 1.3  # of common BPE tokenizers on English
 _MARKERS = 6  # start and end of the understanding image, the text and the target image
 _LISTED = 20
-_CELL = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,9 +234,7 @@ def preview(path: str, model: str, out: Path, images: int = 8) -> dict[str, Any]
     if not views:
         reasons = "; ".join(f"{row['name']}: {row['reason']}" for row in rejected[:3])
         raise DataError(f"none of the {len(source)} images in {path} can be used; {reasons}")
-    buffer = io.BytesIO()
-    _sheet(views, shown).save(buffer, "PNG")
-    write_atomic(out, buffer.getvalue())
+    write_png(out, _sheet(views, shown))
     return {"sheet": str(out), "images": shown, "rejected": rejected}
 
 
@@ -249,20 +245,9 @@ def _spread(length: int, count: int) -> list[int]:
 
 
 def _sheet(views: Sequence[tuple[Image.Image, Image.Image]], shown: Sequence[dict[str, Any]]) -> Image.Image:
-    """Two pairs a row; each view fills its cell, the understanding view with visible pixels."""
-    margin, caption = 8, 18
-    pair_width, pair_height = 2 * _CELL + 2 * margin, _CELL + caption + 2 * margin
-    columns = min(2, len(views))
-    sheet = Image.new("RGB", (columns * pair_width, -(-len(views) // columns) * pair_height), (255, 255, 255))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for place, (pair, row) in enumerate(zip(views, shown, strict=True)):
-        left, top = place % columns * pair_width + margin, place // columns * pair_height + margin
-        sizes = " | ".join(f"{view.width}x{view.height}" for view in pair)
-        name = row["name"].encode("ascii", "replace").decode()
-        draw.text((left, top), f"{sizes}   {name}"[:84], fill=(0, 0, 0), font=font)
-        for number, view in enumerate(pair):
-            sampling = Image.Resampling.NEAREST if number == 0 else Image.Resampling.LANCZOS
-            scale = _CELL / max(view.size)
-            size = max(1, round(view.width * scale)), max(1, round(view.height * scale))
-            sheet.paste(view.resize(size, sampling), (left + number * _CELL, top + caption))
-    return sheet
+    """One image a row, with the sizes of both views."""
+    captions = []
+    for row in shown:
+        understanding, target = ("x".join(map(str, row[view])) for view in ("understanding", "target"))
+        captions.append(f"{row['name']}   {understanding} | {target}")
+    return contact_sheet(views, columns=("understanding view", "target view"), captions=captions)

@@ -11,13 +11,15 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+from reca.errors import ConfigError
 from reca.layers.attention_backends import BACKENDS, choose_backend, import_failure
 
 VERSIONS = ("torch", "triton", "transformers", "diffusers", "safetensors", "numpy", "reca")
@@ -31,6 +33,15 @@ PACKAGES = {
 PROFILERS = ("nsys", "ncu")
 HEAD_DIM = 128
 GIGABYTE = 1e9
+_COMPILED_COLUMNS = (
+    "architecture",
+    "registers",
+    "spills",
+    "shared_bytes",
+    "loads_128",
+    "stores_128",
+    "instructions",
+)
 
 
 def collect() -> dict[str, Any]:
@@ -194,6 +205,33 @@ def _sections(report: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, 
         [(name, _package(found["version"], found["why_not"])) for name, found in packages],
     )
     yield "profilers", [(name, path or "not found") for name, path in report["profilers"].items()]
+
+
+def compile_kernels() -> list[dict[str, Any]]:
+    """Compile every kernel for every architecture; one JSON-ready row each.
+
+    Raises: ConfigError where Triton is missing or interprets, so that nothing could be compiled.
+    """
+    from reca.kernels.offline import compile_all
+
+    try:
+        return [asdict(row) for row in compile_all()]
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(f"doctor --compile: {error}") from error
+
+
+def render_compiled(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the rows of `compile_kernels`, and the closing count."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    width = max(len(row["kernel"]) for row in rows)
+    titles = ("sm", "registers", "spills", "shared B", "loads/16 B", "stores/16 B", "instructions")
+    console.print(f"{'kernel':{width}}" + "".join(f"{title:>13}" for title in titles), style="bold")
+    for row in rows:
+        numbers = [row[name] for name in _COMPILED_COLUMNS]
+        console.print(f"{row['kernel']:{width}}" + "".join(f"{number:>13}" for number in numbers))
+    kernels, architectures = ({row[name] for row in rows} for name in ("kernel", "architecture"))
+    spills = sum(row["spills"] for row in rows)
+    console.print(f"kernels={len(kernels)} archs={len(architectures)} spills={spills}")
 
 
 def _verdict(reason: str | None) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from reca.config import DataConfig
+from reca.config import DataConfig, StreamConfig
 from reca.data.order import SampleOrder
 from reca.data.packing import StepLimits, StepPacker
-from reca.data.prompts import choose_prompt, load_prompts
+from reca.data.prompts import Instructions, TextProvider, load_prompts
 from reca.data.sources import Source, open_source
 from reca.data.workers import OrderedWorkers
 from reca.errors import CheckpointError, DataError
@@ -33,7 +33,7 @@ class Reject:
 class Sample:
     """One global sample index after preparation; `example` is None if the image was rejected for `reason`."""
 
-    sample_id: int
+    index: int
     name: str
     example: Example | None
     reason: str = ""
@@ -44,24 +44,32 @@ class Prepare:
     """Global sample index -> Sample: the part of loading that runs in worker processes.
 
     A function of (seed, data, index) alone, so the number of workers cannot matter.
+
+    Attributes:
+        source: image files.
+        processor: of the family, for the task of this stream.
+        texts: the text of each sample.
+        max_pixels: images with more pixels are rejected before they are decoded.
+        order: index -> item of the source.
+        first_id: sample id of index 0; streams of one run lie so far apart that they share no random draw.
     """
 
     source: Source
     processor: Processor
-    prompts: tuple[str, ...]
-    prompt_dropout: float
+    texts: TextProvider
     max_pixels: int
     order: SampleOrder
+    first_id: int = 0
 
     def __call__(self, index: int) -> Sample:
-        """Read, decode and prepare one sample. Never raises for what is wrong with one image."""
+        """Read, decode and prepare one sample. Never raises for what is wrong with one item."""
         _, item = self.order.place(index)
-        name = self.source.name(item)
+        name, sample_id = self.source.name(item), self.first_id + index
         random = RandomSource(self.order.seed)
         try:
             image = load_image(self.source.read(item), max_pixels=self.max_pixels)
-            prompt = choose_prompt(self.prompts, self.prompt_dropout, random, index)
-            return Sample(index, name, self.processor.prepare(image, prompt, random, index))
+            text = self.texts(item, sample_id, random)
+            return Sample(index, name, self.processor.prepare(image, text, random, sample_id))
         except ImageRejected as reject:
             return Sample(index, name, None, reject.reason)
 
@@ -80,6 +88,7 @@ class PackingLoader:
         workers: processes; they start with the first step.
         timeout_s: longest wait for one sample, in seconds.
         on_reject: called once for every name that is rejected.
+        advice: what to do if nothing can be used.
     """
 
     def __init__(
@@ -91,6 +100,7 @@ class PackingLoader:
         workers: int = 0,
         timeout_s: float = 300.0,
         on_reject: Callable[[Reject], None] | None = None,
+        advice: str = "`reca data check PATH` explains every one",
     ) -> None:
         self._prepare = prepare
         self._packer: StepPacker[Sample] = StepPacker(limits)
@@ -98,6 +108,7 @@ class PackingLoader:
         self._workers = workers
         self._timeout_s = timeout_s
         self._on_reject = on_reject
+        self._advice = advice
         self._fingerprint = prepare.source.fingerprint()
         self._next_index = 0
         self._pending: list[int] = []
@@ -105,6 +116,7 @@ class PackingLoader:
         self._last_usable = -1
         self._reported: set[str] = set()
         self._samples: OrderedWorkers[Sample] | None = None
+        self.on_wait: Callable[[], None] = lambda: None
 
     def __iter__(self) -> Iterator[StepBatches]:
         return self
@@ -157,6 +169,7 @@ class PackingLoader:
                 workers=self._workers,
                 ahead=min(max(2 * self._workers, self._packer.limits.images), MAX_AHEAD),
                 timeout_s=self._timeout_s,
+                on_wait=lambda: self.on_wait(),
             )
             for _ in self._pending:
                 self._queue(next(self._samples))
@@ -172,13 +185,13 @@ class PackingLoader:
 
     def _admit(self, sample: Sample) -> None:
         """Offer the next sample of the stream to the packer, or reject it."""
-        self._next_index = sample.sample_id + 1
+        self._next_index = sample.index + 1
         reason = self._refusal(sample)
         if sample.example is None or reason:
             self._reject(sample, reason)
             self._check_epoch(sample)
         else:
-            self._last_usable = sample.sample_id
+            self._last_usable = sample.index
             self._packer.offer(sample, sample.example.num_tokens)
 
     def _refusal(self, sample: Sample) -> str:
@@ -198,25 +211,36 @@ class PackingLoader:
     def _check_epoch(self, sample: Sample) -> None:
         """Stop when a whole pass over the data has yielded nothing."""
         length = self._prepare.order.length
-        epoch_start = sample.sample_id // length * length
-        if sample.sample_id == epoch_start + length - 1 and self._last_usable < epoch_start:
+        epoch_start = sample.index // length * length
+        if sample.index == epoch_start + length - 1 and self._last_usable < epoch_start:
             raise DataError(
                 f"none of the {length} images can be used; {sample.name}: {self._refusal(sample)}; "
-                "`reca data check PATH` explains every one"
+                f"{self._advice}"
             )
 
     def _collate(self, samples: list[Sample]) -> Batch:
         examples = [sample.example for sample in samples]
-        return self._prepare.processor.collate(examples, [sample.sample_id for sample in samples])
+        first_id = self._prepare.first_id
+        return self._prepare.processor.collate(examples, [first_id + sample.index for sample in samples])
 
     def _cursor(self) -> dict[str, Any]:
         return {
             "next_index": self._next_index,
-            "pending": [sample.sample_id for sample, _ in self._packer.waiting],
+            "pending": [sample.index for sample, _ in self._packer.waiting],
             "rejected": self._rejected,
             "seed": self._prepare.order.seed,
             "fingerprint": self._fingerprint,
         }
+
+
+def step_limits(config: StreamConfig) -> StepLimits:
+    """When a step of this stream is full."""
+    return StepLimits(
+        images=config.images,
+        tokens=config.tokens,
+        max_tokens=config.max_tokens,
+        max_sample_tokens=config.max_sample_tokens,
+    )
 
 
 def build_loader(
@@ -244,20 +268,13 @@ def build_loader(
     prepare = Prepare(
         source=source,
         processor=processor,
-        prompts=load_prompts(config.prompts),
-        prompt_dropout=config.prompt_dropout,
+        texts=Instructions(load_prompts(config.prompts), config.prompt_dropout),
         max_pixels=config.max_pixels,
         order=SampleOrder(seed, len(source)),
     )
-    limits = StepLimits(
-        images=config.images,
-        tokens=config.tokens,
-        max_tokens=config.max_tokens,
-        max_sample_tokens=config.max_sample_tokens,
-    )
     return PackingLoader(
         prepare,
-        limits,
+        step_limits(config),
         micro_images=config.micro_images,
         workers=config.workers,
         timeout_s=timeout_s,

@@ -11,15 +11,17 @@ from reca.randomness import RandomSource
 
 @dataclass(slots=True)
 class SampleOrder:
-    """Global sample index -> item of the source: a pure function of (seed, length, index).
+    """Global sample index -> item of the source: a pure function of (seed, length, purpose, index).
 
     Attributes:
         seed: seed of the run.
         length: number of items of the source.
+        purpose: names the permutations; streams with different purposes are shuffled independently.
     """
 
     seed: int
     length: int
+    purpose: str = "order"
     _epoch: int = field(default=-1, repr=False)
     _permutation: Tensor | None = field(default=None, repr=False)
 
@@ -33,6 +35,6 @@ class SampleOrder:
             raise ValueError(f"SampleOrder: index must not be negative, got {index}")
         epoch, offset = divmod(index, self.length)
         if self._permutation is None or epoch != self._epoch:
-            self._permutation = RandomSource(self.seed).permutation("order", epoch, self.length)
+            self._permutation = RandomSource(self.seed).permutation(self.purpose, epoch, self.length)
             self._epoch = epoch
         return epoch, int(self._permutation[offset])

@@ -1,15 +1,52 @@
-"""Reconstruction instructions: one is drawn for every sample."""
+"""The texts of samples: a reconstruction instruction drawn for each, or what its source says about it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Protocol
 
+from reca.data.sources import TextSource
 from reca.errors import DataError
 from reca.randomness import RandomSource
+from reca.types import Text
 
 MAX_PROMPT_CHARACTERS = 2_000
+
+
+class TextProvider(Protocol):
+    """The text of a sample; picklable, and a function of its arguments alone."""
+
+    def __call__(self, item: int, sample_id: int, random: RandomSource) -> Text:
+        """Text of `item` of the source, which is trained as `sample_id`. Raises ImageRejected."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Instructions:
+    """One of `prompts`, whatever the item is; None with probability `dropout`."""
+
+    prompts: tuple[str, ...]
+    dropout: float
+
+    def __call__(self, item: int, sample_id: int, random: RandomSource) -> str | None:
+        """The instruction that is drawn for the sample."""
+        return choose_prompt(self.prompts, self.dropout, random, sample_id)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTexts:
+    """What the source says about its item; None with probability `dropout`."""
+
+    source: TextSource
+    dropout: float = 0.0
+
+    def __call__(self, item: int, sample_id: int, random: RandomSource) -> Text:
+        """The item's text. It is read even if dropped: an item without one is never trained on."""
+        text = self.source.text(item)
+        return None if random.scalar("text_dropout", sample_id) < self.dropout else text
 
 
 def load_prompts(path: Path | None) -> tuple[str, ...]:

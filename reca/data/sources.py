@@ -15,9 +15,11 @@ from typing import Protocol
 from reca.data.tar import Member, read_index
 from reca.errors import ConfigError, DataError, nearest
 from reca.images import ImageRejected
+from reca.types import Text
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 MAX_FILE_BYTES = 512 * 2**20
+MAX_TEXT_CHARACTERS = 65_536
 PACKAGE_PREFIX = "package:"
 
 
@@ -41,6 +43,14 @@ class Source(Protocol):
 
     def fingerprint(self) -> str:
         """Hash over names and sizes: equal exactly if the order of samples means the same images."""
+        ...
+
+
+class TextSource(Source, Protocol):
+    """Images that bring their own text."""
+
+    def text(self, item: int) -> Text:
+        """What the item says about its image. Raises ImageRejected if that cannot be used."""
         ...
 
 
@@ -100,11 +110,14 @@ class ImageFolder:
     def __len__(self) -> int:
         return len(self._files)
 
+    def path(self, item: int) -> Path:
+        """Where the image lies."""
+        return self.root / self._files[item][0]
+
     def read(self, item: int) -> bytes:
         """The file's bytes."""
-        path = self.root / self._files[item][0]
         try:
-            with path.open("rb") as file:
+            with self.path(item).open("rb") as file:
                 return _read_bounded(file.read, os.fstat(file.fileno()).st_size)
         except OSError as error:
             raise ImageRejected(f"cannot be read: {error.strerror or error}") from error
@@ -116,6 +129,34 @@ class ImageFolder:
     def fingerprint(self) -> str:
         """Hash over relative paths and sizes."""
         return _hash(self._files)
+
+
+def read_unlinked(path: str | Path) -> bytes:
+    """The bytes of a plain file that is no link itself, for paths that strangers have named.
+
+    Raises: ImageRejected if it is a link, no plain file or too large; OSError if it cannot be read.
+    """
+    # Not blocking: opening a pipe would wait for its writer for ever.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageRejected("not a regular file")
+        with open(descriptor, "rb", closefd=False) as file:
+            return _read_bounded(file.read, status.st_size)
+    finally:
+        os.close(descriptor)
+
+
+def usable_text(text: str) -> str:
+    """The same text. Raises ImageRejected if it is too long, or no tokenizer can read it."""
+    if len(text) > MAX_TEXT_CHARACTERS:
+        raise ImageRejected(f"a text of {len(text)} characters; the limit is {MAX_TEXT_CHARACTERS}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ImageRejected(f"a text holds half a character ({text[error.start]!r})") from error
+    return text
 
 
 def _read_bounded(read: Callable[[int], bytes], size: int) -> bytes:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -21,6 +22,8 @@ from torch import Tensor
 from reca.errors import DataError
 
 T = TypeVar("T")
+
+_POLL_S = 0.2
 
 _function: Callable[[int], Any] | None = None  # set once in each worker process
 
@@ -69,6 +72,7 @@ class OrderedWorkers(Generic[T]):
         workers: processes; 0 calls the function in this process, nothing ahead.
         ahead: results computed ahead of the consumer.
         timeout_s: longest wait for one result, in seconds.
+        on_wait: called before and while waiting for a result; what it raises reaches the caller.
 
     Raises: whatever the function raises; DataError if a worker died or did not answer in time.
     """
@@ -81,7 +85,9 @@ class OrderedWorkers(Generic[T]):
         workers: int,
         ahead: int,
         timeout_s: float,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_wait = on_wait
         self._function = function
         self._indices = indices
         self._ahead = max(ahead, workers)
@@ -106,12 +112,13 @@ class OrderedWorkers(Generic[T]):
 
     def __next__(self) -> T:
         if self._pool is None:
+            self._on_wait()
             return self._function(next(self._indices))
         self._fill()
         if not self._pending:
             raise StopIteration
         try:
-            result: T = _own(self._pending.popleft().result(self._timeout_s))
+            result: T = _own(self._wait(self._pending.popleft()))
         except BrokenProcessPool as error:
             self._end(grace_s=0)
             raise DataError(
@@ -125,6 +132,18 @@ class OrderedWorkers(Generic[T]):
                 "check that the data can be read, or set data.workers=0"
             ) from error
         return result
+
+    def _wait(self, future: Future[T]) -> T:
+        """The result of a future, or TimeoutError; the caller is heard several times a second."""
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            self._on_wait()
+            remaining = deadline - time.monotonic()
+            try:
+                return future.result(max(min(remaining, _POLL_S), 0))
+            except TimeoutError:
+                if future.done() or remaining <= _POLL_S:
+                    raise
 
     def _fill(self) -> None:
         assert self._pool is not None

@@ -10,6 +10,7 @@ import torch
 from reca.config import TrainConfig
 from reca.errors import ConfigError
 
+_STREAMS = ("data", "image_to_text", "text_to_image")
 CHANGEABLE = frozenset(
     {
         "steps",
@@ -22,11 +23,12 @@ CHANGEABLE = frozenset(
         "compute.device",
         "compute.recompute",
         "compute.threads",
-        "data.micro_images",
         "data.workers",
+        *(f"{stream}.micro_images" for stream in _STREAMS),
         # Places may change between machines; what lies there is compared by its fingerprint.
-        "data.path",
+        *(f"{stream}.path" for stream in _STREAMS),
         "data.prompts",
+        "image_to_text.root",
         "weights",
     }
 )
@@ -69,7 +71,8 @@ def changes_on_resume(recorded: Mapping[str, Any], current: Mapping[str, Any]) -
     fingerprint = _differences(recorded["fingerprint"], current["fingerprint"])
     changeable = CHANGEABLE
     if recorded["config"]["normalize"] == "microbatch":
-        changeable -= {"data.micro_images"}  # here the cut into microbatches is part of the objective
+        # Here the cut into microbatches is part of the objective.
+        changeable -= {f"{stream}.micro_images" for stream in _STREAMS}
     refused = {key: pair for key, pair in config.items() if key not in changeable} | fingerprint
     if refused:
         raise ConfigError(

@@ -96,6 +96,7 @@ class _Run:
             self.state.restore(start.checkpoint)
             self.state.progress.notes += start.notes
             job.loader.restore(self.state.progress.cursor or {})
+        job.loader.on_wait = stop.check
         self.saved_step = self.state.step
         self.guard = Guard(self.state, job.folder)
         self.journal = Journal(job.folder, step=self.state.step, evaluated=self.state.progress.evaluated)
@@ -118,7 +119,8 @@ class _Run:
 
     def _step(self) -> StepMetrics:
         waiting = time.perf_counter()
-        with span("data"), self.stop.disposable():
+        self.stop.check()
+        with span("data"):
             batches = next(self.job.loader)
         waited = time.perf_counter() - waiting
         sample_ids = tuple(i for batch in batches.microbatches for i in batch.sample_ids.tolist())

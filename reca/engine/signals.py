@@ -61,7 +61,7 @@ class StopRequest:
 
     @contextmanager
     def disposable(self) -> Iterator[None]:
-        """Work that may be thrown away, such as waiting for data: a request ends it at once with StopNow."""
+        """Work that may be thrown away and holds no locks: a request ends it at once with StopNow."""
         self._is_disposable = True
         try:
             self.check()

@@ -116,7 +116,7 @@ class TrainState:
 
 
 def prepare_weights(model: nn.Module, device: torch.device) -> None:
-    """Move the model; trained tensors become fp32 masters, frozen ones keep the dtype that the family gave them."""
+    """Move the model; trained tensors become fp32 masters, frozen ones keep the dtype they came with."""
     model.to(device)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -48,6 +48,8 @@ class Slot:
         shape: the official shape where it differs from the rows' by a reshape.
         is_computed: the model computes these values itself: on reading only the shape is checked, the file's
             values (perhaps of lower precision) are left; on writing they are written.
+        is_tied: a second name of rows that another slot fills: on reading it may be missing, and only its
+            shape is checked; on writing it is written.
     """
 
     parameter: str
@@ -55,6 +57,7 @@ class Slot:
     stop: int | None = None
     shape: tuple[int, ...] | None = None
     is_computed: bool = False
+    is_tied: bool = False
 
     def rows(self, tensor: Tensor) -> Tensor:
         """The slot's view of its parameter, in our shape."""
@@ -89,7 +92,7 @@ def find_shards(path: Path) -> list[Path]:
         )
     indexes = sorted(path.glob("*.safetensors.index.json"))
     if not indexes:
-        shards = sorted(path.glob("*.safetensors"))
+        shards = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         if not shards:
             raise CheckpointError(f"{path}: expected *.safetensors files in this folder, found none")
         return shards
@@ -135,6 +138,8 @@ def read_header(shards: Sequence[Path]) -> dict[str, Stored]:
 def read_pickled(path: Path) -> dict[str, Tensor]:
     """The flat state dict of a file that `torch.save` wrote, mapped from the file where its format allows.
 
+    A state dict under the key `model` or `state_dict` is taken; what lies beside it is left out.
+
     Raises: CheckpointError if it is missing, broken, holds anything but tensors by name, or would run code.
     """
     try:
@@ -145,9 +150,23 @@ def read_pickled(path: Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise CheckpointError(f"{path}: not a readable file of tensors ({reason}); copy it again") from error
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
     if not isinstance(content, dict) or not all(isinstance(entry, Tensor) for entry in content.values()):
-        raise CheckpointError(f"{path}: expected tensors by name, got {type(content).__name__} of other things")
+        raise CheckpointError(
+            f"{path}: expected tensors by name, got {type(content).__name__} of other things"
+        )
     return content
+
+
+def read_tensors(header: Mapping[str, Stored], names: Sequence[str]) -> dict[str, Tensor]:
+    """Some tensors of a checkpoint, by name, as the files hold them."""
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted({header[name].file for name in names}):
+        inside = [name for name in names if header[name].file == shard]
+        tensors |= {name: tensor.clone() for name, tensor in _stream(shard, inside)}
+    return tensors
 
 
 def load_slots(
@@ -178,11 +197,13 @@ def load_slots(
     """
     tensors = named_tensors(model)
     _check_tiling(slots, tensors)
-    header = {n: e for n, e in read_header(find_shards(path)).items() if not (ignored and n.startswith(ignored))}
+    header = {
+        n: e for n, e in read_header(find_shards(path)).items() if not (ignored and n.startswith(ignored))
+    }
     _check_header(path, header, slots, tensors)
     by_file: dict[Path, list[str]] = {}
     for name, slot in slots.items():
-        if not slot.is_computed:
+        if not slot.is_computed and not slot.is_tied:
             by_file.setdefault(header[name].file, []).append(name)
     alive: dict[str, Tensor] = {}
     for shard, names in by_file.items():
@@ -197,7 +218,7 @@ def load_slots(
                 )
             rows = slot.rows(alive[slot.parameter])
             rows.copy_(tensor.reshape(rows.shape))
-    return {name: header[name].dtype for name in slots}
+    return {name: header[name].dtype for name in slots if name in header}
 
 
 def _stream(shard: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -243,6 +264,8 @@ def _check_tiling(slots: Mapping[str, Slot], tensors: Mapping[str, Tensor]) -> N
     for slot in slots.values():
         if slot.parameter not in tensors:
             raise ValueError(f"slots name {slot.parameter!r}, which the model does not have")
+        if slot.is_tied:
+            continue
         num_rows = tensors[slot.parameter].shape[0] if tensors[slot.parameter].ndim else 1
         covered.setdefault(slot.parameter, []).append(
             (slot.start, num_rows if slot.stop is None else slot.stop)
@@ -273,7 +296,7 @@ def _check_header(
 ) -> None:
     """Compare names and shapes; one error lists all that differs and its likely cause."""
     shapes = official_shapes(slots, tensors)
-    missing = [name for name in slots if name not in header]
+    missing = [name for name, slot in slots.items() if name not in header and not slot.is_tied]
     unexpected = [name for name in header if name not in slots]
     misshapen = [
         f"{name}: expected {list(shape)}, got {list(header[name].shape)}"
@@ -282,7 +305,7 @@ def _check_header(
     ]
     if not missing and not unexpected and not misshapen:
         return
-    if len(missing) == len(slots):
+    if not any(name in header for name in slots):
         cause = "these are weights of another family, or in a converted format; give the official files"
     elif misshapen:
         cause = "another variant of this family; choose the variant that the file belongs to"
@@ -311,12 +334,16 @@ def save_slots(
     path: Path,
     *,
     dtypes: Mapping[str, torch.dtype] | torch.dtype | None = None,
+    key: str | None = None,
+    extra: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write one official file: every slot under its official name, atomically; the suffix gives the format.
 
     Args:
         dtypes: what `load_slots` returned, so that unchanged tensors come back bit for bit; or one dtype for
             all floating tensors; None keeps the model's own.
+        key: under which a file of `torch.save` holds its tensors; None puts them at the top.
+        extra: tensors of the official file that no slot holds; they are written as they are.
 
     Raises: DiskError if the file cannot be written.
     """
@@ -329,9 +356,11 @@ def save_slots(
         if official[name].dtype != dtype:
             # On the host: a cast copy of the trained half does not fit beside a full accelerator.
             official[name] = official[name].to("cpu", dtype)
+    official |= extra or {}
     if path.suffix in PICKLED:
         buffer = io.BytesIO()
-        torch.save({name: tensor.to("cpu").contiguous().clone() for name, tensor in official.items()}, buffer)
+        content = {name: tensor.to("cpu").contiguous().clone() for name, tensor in official.items()}
+        torch.save(content if key is None else {key: content}, buffer)
         write_atomic(path, buffer.getvalue())
         return
     write_safetensors(path, official, {"format": "pt"})

@@ -124,12 +124,14 @@ class Family:
         name: as in `family/variant`.
         variants: name -> Variant.
         build: (variant config) -> model on the default device (`torch.device("meta")` before loading).
-        processor: (variant, folder of the weights, which holds tokenizer files, timestep shift) -> Processor.
+        processor: (variant, folder of the weights, which holds tokenizer files) -> Processor of
+            reconstruction; of another task of `tasks` with `task=...`.
         load: (model on meta, path of official weights, device, dtype of frozen weights) -> None; strict,
             shard by shard.
         save: (model, folder) -> None; writes the official files through the file layer.
         sampler: (model, variant, folder of the tokenizer) -> Sampler.
         reproduce: (pack) -> Reproduction; runs the maths of a parity pack.
+        tasks: what it trains, by the names of the loss terms.
     """
 
     name: str
@@ -140,3 +142,4 @@ class Family:
     save: Callable[..., None]
     sampler: Callable[..., Sampler]
     reproduce: Callable[[Pack], Reproduction]
+    tasks: tuple[str, ...] = ("reconstruction",)

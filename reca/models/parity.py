@@ -1,7 +1,8 @@
 """Parity packs: tensors of the official code, read safely and compared under one rule of tolerance.
 
 A pack is a folder with `pack.json`, `inputs.safetensors`, `expected.safetensors` and usually
-`weights.safetensors`; its description may name further weight files, relative to the folder. A family turns a
+`weights.safetensors`; its description may name further weight files, relative to the folder. A pack of dtype
+`int` has no tensor files: what it expects are the numbers in its description, exact. A family turns a
 pack into a `Reproduction`; this module decides whether it agrees:
 
     max|got - expected| <= atol + rtol * max|expected|        per tensor; integers must be equal
@@ -31,7 +32,8 @@ _GRADIENT = re.compile(r"(^|\.)d?grad[._]")
 # Losses, understanding embeddings and predictions of all families: what a reproduction may never leave out.
 _COMPARED = re.compile(
     r"(^|\.)(loss\w*|\w+_loss|und_embeddings|understanding\w*|vit_embeds|z_enc|connector|velocity|v|v_cond|v_text|v_img"
-    r"|pred|prediction|guided_pred|model_output|latents?|reconstruction)(\.|$)"
+    r"|pred|prediction|guided_pred|model_output|latents?|reconstruction|siglip|codes\w*|(image|guided)_logits"
+    r"|prompt_embeds|query_hidden|pixels|image_latents|(latents|recon)_[ab])(\.|$)"
 )
 
 
@@ -91,6 +93,8 @@ def read_pack(folder: Path) -> Pack:
         raise ConfigError(f"{path}: expected a JSON object, got {error}") from error
     if not isinstance(description, dict) or not isinstance(description.get("model"), str):
         raise ConfigError(f"{path}: expected a JSON object with the key 'model'")
+    if description.get("dtype") == "int":
+        return _listed_pack(path, description)
     for name in ("rtol", "atol"):
         if not isinstance(description.get(name), int | float):
             raise ConfigError(f"{path}: expected a number under {name!r}, got {description.get(name)!r}")
@@ -105,6 +109,31 @@ def read_pack(folder: Path) -> Pack:
             f"{folder / 'expected.safetensors'}: expected tensors to compare with, found none"
         )
     return Pack(folder, description, inputs, expected)
+
+
+def _listed_pack(path: Path, description: Mapping[str, Any]) -> Pack:
+    """A pack whose expected numbers stand in its description."""
+    expected = dict(_listed_tensors("", description.get("expected")))
+    if not expected:
+        raise ConfigError(f"{path}: expected numbers under 'expected' in a pack of dtype int, found none")
+    return Pack(path.parent, {**description, "rtol": 0.0, "atol": 0.0}, {}, expected)
+
+
+def _listed_tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Dotted name -> int64 tensor of each number and each rectangular list of numbers; texts are left out."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _listed_tensors(f"{name}.{key}" if name else key, entry)
+        return
+    if isinstance(value, int | list) and value != []:
+        try:
+            tensor = torch.tensor(value)
+        except (ValueError, TypeError, RuntimeError):  # ragged, or not numbers
+            assert isinstance(value, list)
+            for index, entry in enumerate(value):
+                yield from _listed_tensors(f"{name}.{index}", entry)
+        else:
+            yield name, tensor
 
 
 def _weight_files(description: Mapping[str, Any]) -> Iterator[str]:

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from reca.config import ComputeConfig, TrainConfig
+from reca.config import TASKS, ComputeConfig, TrainConfig
 from reca.data.loader import Reject, build_loader
-from reca.data.sources import PACKAGE_PREFIX, Source, Subset, open_source, split_source
+from reca.data.mixture import MixtureLoader, build_text_loader, open_texts, text_streams
+from reca.data.sources import PACKAGE_PREFIX, Source, Subset, TextSource, open_source, split_source
 from reca.engine.loop import Job
 from reca.engine.state import select_device
 from reca.errors import CheckpointError, ConfigError, nearest
@@ -23,6 +24,7 @@ from reca.models import get_variant
 from reca.models.family import Family, SampleOptions, Sampler, Variant
 from reca.randomness import RandomSource
 from reca.recipes.evaluation import Evaluation
+from reca.types import StepLoader
 
 HELD_OUT = "held_out.txt"
 RANDOM = "random"
@@ -111,7 +113,9 @@ def assemble(
 
     Raises: ConfigError, DataError, CheckpointError before anything is written.
     """
+    check_tasks(config)
     source = open_source(config.data.path)  # before the weights: a wrong folder should not cost a long load
+    texts = {task: open_texts(task, stream) for task, stream in text_streams(config).items()}
     training, held_out = split_source(source, held_out_names(source, config))
     shown = Subset(held_out, range(min(config.sample.images, len(held_out))))
     loaded = load_model(config.model, config.weights, config.compute, config.seed)
@@ -120,7 +124,6 @@ def assemble(
         if not hasattr(model, "timestep_shift"):
             raise ConfigError(f"timestep_shift would be ignored: {config.model} has no flow time; drop it")
         model.timestep_shift = config.timestep_shift
-    processor = loaded.family.processor(loaded.variant, loaded.weights)
     evaluation = Evaluation(
         sampler=loaded.sampler(),
         understanding=loaded.variant.understanding,
@@ -132,17 +135,69 @@ def assemble(
     return Job(
         config=config,
         model=loaded.model,
-        loader=build_loader(config.data, processor, config.seed, source=training, on_reject=on_reject),
+        loader=build_streams(config, loaded, training, texts, on_reject),
         folder=folder,
         evaluate=evaluation,
         fingerprint={
             "data": training.fingerprint(),
             "held_out": shown.fingerprint(),
             "weights": weights_fingerprint(loaded.weights),
+            **{task: text.fingerprint() for task, text in texts.items()},
         },
         on_progress=on_progress,
         on_start=on_start,
     )
+
+
+def check_tasks(config: TrainConfig) -> None:
+    """Raise ConfigError unless the model's family trains every task of the configuration."""
+    family, _ = get_variant(config.model)
+    for task in config.tasks:
+        if task not in family.tasks:
+            raise ConfigError(
+                f"{family.name} does not train {task}, only {', '.join(family.tasks)}; leave it out with "
+                f"{task}=null loss_weights.{task}=null"
+            )
+
+
+def build_streams(
+    config: TrainConfig,
+    loaded: Loaded,
+    images: Source,
+    texts: Mapping[str, TextSource],
+    on_reject: Callable[[Reject], None],
+) -> StepLoader:
+    """The steps of a run: those of the reconstruction stream alone, or mixed with those of other tasks.
+
+    Args:
+        config: the resolved configuration.
+        loaded: the model, whose family prepares the samples.
+        images: what is reconstructed.
+        texts: task -> what its stream reads, for every stream of `text_streams`.
+        on_reject: called once for each sample that is left out.
+    """
+    processor = loaded.family.processor
+    first = build_loader(
+        config.data,
+        processor(loaded.variant, loaded.weights),
+        config.seed,
+        source=images,
+        on_reject=on_reject,
+    )
+    if not texts:
+        return first
+    streams: dict[str, StepLoader] = {TASKS[0]: first}
+    for task, stream in text_streams(config).items():
+        streams[task] = build_text_loader(
+            task,
+            stream,
+            config.data,
+            processor(loaded.variant, loaded.weights, task=task),
+            config.seed,
+            source=texts[task],
+            on_reject=on_reject,
+        )
+    return MixtureLoader(streams)
 
 
 def sample_options(config: TrainConfig) -> SampleOptions:

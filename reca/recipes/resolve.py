@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -46,15 +46,18 @@ def resolve(recipe: str, overrides: Sequence[str] = (), extra: Mapping[str, Any]
         base, layer, origin = _from_file(Path(recipe))
         layers = [(layer, origin)]
     else:
-        base, layers = recipe, []
+        base, layers = recipe, list[tuple[list[tuple[str, Any]], str]]()
     tree = get_recipe(base)().model_dump(mode="json")
     origins = {key: f"recipe {base}" for key, _ in _leaves(tree)}
-    layers.append((dict(_parse_override(item) for item in overrides), "command line"))
-    layers.append((dict(extra or {}), "command line"))
+    layers.append(([_parse_override(item) for item in overrides], "command line"))
+    layers.append((list((extra or {}).items()), "command line"))
     for layer, origin in layers:
-        for key, value in layer.items():
+        for key, value in layer:
             _assign(tree, key, value, origin)
-            origins = {known: source for known, source in origins.items() if not known.startswith(key + ".")}
+            origins = {
+                known: source for known, source in origins.items() if not f"{known}.".startswith(f"{key}.")
+            }
+            origins.pop(key.partition(".")[0], None)  # of a group that was null until now
             origins[key] = origin
     return Resolved(_validate(tree, origins), origins)
 
@@ -70,14 +73,14 @@ def config_yaml(resolved: Resolved) -> str:
     return "\n".join(_lines(resolved.config.model_dump(mode="json"), resolved.origins)) + "\n"
 
 
-def _from_file(path: Path) -> tuple[str, dict[str, Any], str]:
+def _from_file(path: Path) -> tuple[str, list[tuple[str, Any]], str]:
     tree = parse_yaml(_read_text(path), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a recipe file must be a mapping of keys, got {type(tree).__name__}")
     base = tree.pop("extends", None) or tree.get("recipe")
     if not isinstance(base, str):
         raise ConfigError(f"{path}: say which recipe this changes with `extends: NAME`")
-    flat = {key: value for key, value in _leaves(tree) if key != "recipe"}
+    flat = [(key, value) for key, value in _leaves(tree) if key != "recipe"]
     return base, flat, str(path)
 
 
@@ -106,27 +109,47 @@ def _parse_override(text: str) -> tuple[str, Any]:
     return key.strip(), parse_yaml(value, key)
 
 
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, also one that may be null; None for a plain value."""
+    kinds = [kind for kind in get_args(annotation) or (annotation,) if isinstance(kind, type)]
+    return next((kind for kind in kinds if issubclass(kind, Section)), None)
+
+
+def _is_optional_group(key: str) -> bool:
+    field = TrainConfig.model_fields.get(key)
+    return field is not None and field.default is None and _section_of(field.annotation) is not None
+
+
 def _known_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _known_keys(field.annotation, f"{prefix}{name}.")
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            yield from _known_keys(inner, f"{prefix}{name}.")
         else:
             yield prefix + name
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any, origin: str) -> None:
+    """Set one key. A group that was null begins with its defaults; null leaves an optional group out."""
     known = set(_known_keys(TrainConfig))
     parent, _, leaf = key.rpartition(".")
-    if key not in known and parent not in _OPEN_MAPPINGS:
+    leaves_out = value is None and (_is_optional_group(key) or parent in _OPEN_MAPPINGS)
+    if key not in known and parent not in _OPEN_MAPPINGS and not leaves_out:
         if any(name.startswith(key + ".") for name in known):
+            null = ", or leave it out with null" if _is_optional_group(key) else ""
             raise ConfigError(
-                f"{origin}: {key!r} is a group; set one of its keys, such as {key}.{_first(known, key)}"
+                f"{origin}: {key!r} is a group; set one of its keys, such as {key}.{_first(known, key)}{null}"
             )
         raise ConfigError(f"{origin}: unknown key {key!r}; {_nearest_key(key, known)}")
     node = tree
     for part in parent.split(".") if parent else ():
+        if node[part] is None:
+            node[part] = {}
         node = node[part]
-    node[leaf] = value
+    if leaves_out and parent:
+        node.pop(leaf, None)
+    else:
+        node[leaf] = value
 
 
 def _first(known: set[str], group: str) -> str:

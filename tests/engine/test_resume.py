@@ -191,13 +191,13 @@ def test_allowed_changes_are_noted_in_the_record(tmp_path: Path) -> None:
 def test_changes_of_the_run_itself_are_refused_with_a_diff(tmp_path: Path) -> None:
     interrupted(tmp_path)
     before = outcome(tmp_path)
-    config = toy_config(seed=12, loss_weights={"reconstruction": 1.0, "image_to_text": 0.5})
+    config = toy_config(seed=12, loss_weights={"reconstruction": 0.5})
     job = toy_job(tmp_path, config, fingerprint={"weights": "sha256:9", "data": "sha256:2", "code": "x"})
     with pytest.raises(ConfigError) as error:
         run(job, resume="auto")
     assert str(error.value).splitlines()[1:] == [
         "  code: was '(absent)', is now 'x'",
-        "  loss_weights.image_to_text: was '(absent)', is now 0.5",
+        "  loss_weights.reconstruction: was 1.0, is now 0.5",
         "  seed: was 11, is now 12",
         "  weights: was 'sha256:1', is now 'sha256:9'",
     ]

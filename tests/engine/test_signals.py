@@ -93,6 +93,7 @@ def test_a_request_in_data_wait_saves_the_last_finished_step(tmp_path: Path) -> 
         def __next__(self) -> Any:
             if self.next == 6:
                 send(signal.SIGTERM)
+                self.on_wait()
                 raise AssertionError("the request must end the wait")
             return super().__next__()
 

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reca.config import CheckpointConfig, DataConfig, OptimConfig, SampleConfig, TrainConfig
+from reca.config import (
+    CheckpointConfig,
+    ConversationConfig,
+    DataConfig,
+    OptimConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from reca.engine.loop import Job, run
 from reca.errors import RecaError
 from reca.randomness import RandomSource
@@ -95,8 +102,10 @@ class ToyLoader:
         self.images, self.micro, self.spoil = images, micro, spoil
         self.next = 0
         self.closed = False
+        self.on_wait: Callable[[], None] = lambda: None
 
     def __next__(self) -> StepBatches:
+        self.on_wait()
         ids = range(self.next * self.images, (self.next + 1) * self.images)
         self.next += 1
         batches = [toy_batch(ids[i : i + self.micro]) for i in range(0, len(ids), self.micro)]
@@ -125,6 +134,8 @@ def toy_config(**changes: Any) -> TrainConfig:
         "steps": 20,
         "seed": 11,
     }
+    if "image_to_text" in changes.get("loss_weights", {}):
+        config["image_to_text"] = ConversationConfig(path="toy.json", images=6)
     return TrainConfig(**(config | changes))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import settings
+
 from reca.kernels.testing import poisoned_memory as poisoned
 
 settings.register_profile("kernels", max_examples=12, deadline=None, derandomize=True, database=None)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from reca.kernels import flow_matching_loss
 from reca.kernels.flow_matching_loss import kernel, op, reference
 from reca.kernels.testing import assert_within_budget, make_normal, misaligned
-from torch import Tensor
 
 OP = torch.ops.reca.flow_matching_loss.default
 

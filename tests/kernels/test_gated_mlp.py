@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
 from reca.kernels import gated_mlp, swiglu
 from reca.kernels.gated_mlp import kernel, op, reference
 from reca.kernels.testing import assert_within_budget, make_normal, misaligned
-from torch import Tensor
-from torch.nn import functional as F
 
 
 def plain(gate_up: Tensor) -> Tensor:

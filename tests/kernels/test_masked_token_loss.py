@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
 from reca.kernels import masked_token_loss
 from reca.kernels.masked_token_loss import kernel, op, reference
 from reca.kernels.testing import assert_within_budget, make_normal
-from torch import Tensor
-from torch.nn import functional as F
 
 LossRows = Callable[[Tensor, int, Tensor, bool], Tensor]
 ROW_FUNCTIONS = pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import reca.kernels
 import torch
+
+import reca.kernels
 from reca.kernels import _launch
 from reca.kernels._launch import (
     TABLE,

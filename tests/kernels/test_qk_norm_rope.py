@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+
 from reca.kernels import qk_norm_rope
 from reca.kernels.qk_norm_rope import kernel, op, reference
 from reca.kernels.testing import assert_within_budget, make_normal, misaligned
-from torch import Tensor
 
 EPS = 1e-6
 

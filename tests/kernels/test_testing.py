@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from reca.kernels.testing import (
     assert_within_budget,
     error_ratio,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
 from reca.profiling import enable_spans, span, spans_enabled
 
 # `reca.profiling.span` is the class; this is the module it lives in.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from reca.config import TrainConfig
+from reca.config import ConversationConfig, TrainConfig
 from reca.errors import ConfigError
 from reca.recipes import get_recipe
 from reca.recipes.resolve import config_yaml, read_config, resolve
@@ -55,6 +55,14 @@ def test_the_written_configuration_names_each_origin() -> None:
         ("optim.warmup_steps=100000", "must not exceed steps"),
         ("loss_weights.reconstruction=0", "at least one positive weight"),
         ("data.tokens=99999999", "must not exceed max_tokens"),
+        ("image_to_text=3", "'image_to_text' is a group; set one of its keys, such as image_to_text.images"),
+        ("text_to_image=[]", "such as text_to_image.dropout, or leave it out with null"),
+        ("data=null", "'data' is a group; set one of its keys, such as data.images"),
+        ("image_to_text.pat=x", "unknown key 'image_to_text.pat'; did you mean 'image_to_text.path'"),
+        ("image_to_text.dropout=0.1", "did you mean 'text_to_image.dropout'"),
+        ("image_to_text.path=x", "it needs a weight: set loss_weights.image_to_text=1"),
+        ("loss_weights.image_to_text=0", "drop the weight with loss_weights.image_to_text=null"),
+        ("text_to_image.images=0", "text_to_image.images: Input should be greater than 0, got 0"),
     ],
 )
 def test_a_wrong_override_is_answered_with_the_cure(override: str, message: str) -> None:
@@ -62,6 +70,41 @@ def test_a_wrong_override_is_answered_with_the_cure(override: str, message: str)
         resolve("bagel-smoke", [override])
     assert message in str(error.value)
     assert error.value.exit_code == 2
+
+
+MIXED = ["image_to_text.path=mix.json", "loss_weights.image_to_text=1"]
+
+
+def test_an_override_begins_a_group_that_was_null() -> None:
+    resolved = resolve("bagel-smoke", [*MIXED, "image_to_text.root=photos"])
+    assert resolved.config.image_to_text == ConversationConfig(path="mix.json", root=Path("photos"))
+    assert resolved.config.tasks == ("reconstruction", "image_to_text")
+    assert resolved.origins["image_to_text.path"] == "command line"
+    assert "image_to_text" not in resolved.origins and "image_to_text.images" not in resolved.origins
+    text = config_yaml(resolved)
+    assert "  path: mix.json  # command line" in text and "text_to_image: null  # recipe bagel-smoke" in text
+
+
+def test_null_leaves_a_group_and_its_weight_out_again(tmp_path: Path) -> None:
+    plain = resolve("bagel-smoke").config
+    dropped = ["image_to_text=null", "loss_weights.image_to_text=null"]
+    assert resolve("bagel-smoke", [*MIXED, *dropped]).config == plain
+    assert resolve("bagel-smoke", [*MIXED, *dropped, *MIXED]).config.tasks == (
+        "reconstruction",
+        "image_to_text",
+    )
+    file = tmp_path / "mixed.yaml"
+    file.write_text("extends: bagel-smoke\ntext_to_image: {path: x}\nloss_weights: {text_to_image: 2}\n")
+    assert resolve(str(file)).config.tasks == ("reconstruction", "text_to_image")
+    dropped = ["text_to_image=null", "loss_weights.text_to_image=null"]
+    assert resolve(str(file), dropped).config == plain
+
+
+def test_a_mixture_reads_back_equal(tmp_path: Path) -> None:
+    resolved = resolve("bagel-smoke", [*MIXED, "image_to_text.images=3", "image_to_text.root=a b"])
+    path = tmp_path / "config.yaml"
+    path.write_text(config_yaml(resolved))
+    assert read_config(path) == resolved.config
 
 
 def test_an_unknown_recipe_names_its_nearest_neighbour() -> None:

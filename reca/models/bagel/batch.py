@@ -18,7 +18,7 @@ from reca.models.bagel.tokenizer import PromptTokenizer, read_tokenizer
 from reca.models.bagel.transformer import MARKERS, Layout
 from reca.models.family import Variant
 from reca.randomness import RandomSource
-from reca.types import Batch, Draws, TensorStruct
+from reca.types import Batch, Draws, TensorStruct, Text
 
 TargetKind = Literal["pixels", "moments", "latents"]
 
@@ -226,10 +226,10 @@ class BagelProcessor:
         self.target = variant.target
         self.tokenizer: PromptTokenizer = read_tokenizer(config, folder)
 
-    def prepare(
-        self, image: Image.Image, prompt: str | None, random: RandomSource, sample_id: int
-    ) -> BagelExample:
+    def prepare(self, image: Image.Image, text: Text, random: RandomSource, sample_id: int) -> BagelExample:
         """Resize, normalise and tokenise one RGB image; nothing here is random."""
+        if isinstance(text, tuple):
+            raise TypeError("BagelProcessor.prepare: expected an instruction or None, got a conversation")
         patch, stride = self.config.vision.patch_size, self.config.latent_stride
         understanding, target = to_tensor(image, self.understanding), to_tensor(image, self.target)
         _, height, width = understanding.shape
@@ -237,7 +237,7 @@ class BagelProcessor:
         return BagelExample(
             patches=patchify(understanding, patch),
             patch_grid=(height // patch, width // patch),
-            text_ids=None if prompt is None else self.tokenizer.encode(prompt),
+            text_ids=None if text is None else self.tokenizer.encode(text),
             target=target,
             latent_grid=(target_height // stride, target_width // stride),
         )

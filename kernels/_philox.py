@@ -1,0 +1,84 @@
+"""Counter-based random numbers in plain torch: what the kernels regenerate, word for word.
+
+Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four 32-bit words are
+a pure function of a 64-bit key and four 32-bit counters, so nothing that is drawn from it has to be stored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
+_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+_TO_UNIT = 4.6566127342e-10  # 2^-31, the constant of Triton's uint_to_uniform_float
+_SMALLEST = 1.0e-7  # Triton's guard before the logarithm
+
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PhiloxNoise:
+    """Standard normal noise of token rows, named by its coordinates instead of stored.
+
+        counter of element d of row i = ((rows_i * dim + d) // 4, step, low and high word of its sample id)
+
+    Attributes:
+        key: 64-bit Philox key, as an unsigned or a signed integer.
+        step: scalar int64 on the device of the tokens, so that a captured graph can advance it.
+        samples: [images] int64, the sample id of each image.
+        rows: [tokens] int64, the row of each token within its sample.
+    """
+
+    key: int
+    step: Tensor
+    samples: Tensor
+    rows: Tensor
+
+
+def signed_key(key: int) -> int:
+    """The same 64 bits as a signed integer, which schemas and launchers carry."""
+    return key - (1 << 64) if key >= 1 << 63 else key
+
+
+def philox(key: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Words:
+    """Four words of Philox 4x32-10; counters and words are int64 tensors that hold uint32 values."""
+    k0, k1 = key & _WORD, (key >> 32) & _WORD
+    for _ in range(10):
+        # int64 products wrap modulo 2^64, which keeps all 64 bits of an unsigned 32 x 32 product.
+        a, b = c0 * _ROUND_A, c2 * _ROUND_B
+        c0, c1, c2, c3 = ((b >> 32) & _WORD) ^ c1 ^ k0, b & _WORD, ((a >> 32) & _WORD) ^ c3 ^ k1, a & _WORD
+        k0, k1 = (k0 + _KEY_A) & _WORD, (k1 + _KEY_B) & _WORD
+    return c0, c1, c2, c3
+
+
+def rounding_words(key: int, step: Tensor, offset: int, count: int) -> Tensor:
+    """[count] int64: 16 random bits per element; element p takes word p % 4 of counter (p // 4, step, 0).
+
+    The first and third counter are the low and high half of p // 4, p counts from `offset`, a multiple of 4.
+    """
+    blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=step.device) + offset // 4
+    words = philox(key, blocks & _WORD, step.expand_as(blocks), blocks >> 32, torch.zeros_like(blocks))
+    return torch.stack(words, dim=-1).flatten()[:count] & 0xFFFF
+
+
+def _unit(word: Tensor) -> Tensor:
+    """uint32 -> fp32 in [0, 1): the sign bit folds, as in Triton."""
+    return torch.where(word > 0x7FFFFFFF, _WORD - word, word).to(torch.float32) * _TO_UNIT
+
+
+def normal_rows(key: int, step: Tensor, sample: Tensor, rows: Tensor, dim: int) -> Tensor:
+    """[tokens, dim] fp32 standard normal; `sample` and `rows` are [tokens] int64, dim % 4 == 0."""
+    blocks = torch.arange(dim // 4, dtype=torch.int64, device=rows.device) + rows[:, None] * (dim // 4)
+    low, high = sample[:, None] & _WORD, (sample[:, None] >> 32) & _WORD
+    normals: list[Tensor] = []
+    words = [_unit(word) for word in philox(key, blocks, step.expand_as(low), low, high)]
+    for radius_draw, angle_draw in (words[:2], words[2:]):
+        radius = torch.sqrt(-2.0 * torch.log(radius_draw.clamp_min(_SMALLEST)))
+        angle = (2.0 * math.pi) * angle_draw
+        normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.stack(normals, dim=-1).flatten(1)

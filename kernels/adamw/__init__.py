@@ -1,0 +1,1 @@
+"""AdamW over flattened groups: clipping, update, average and rounding in one pass."""
