@@ -7,7 +7,10 @@ import importlib
 from reca.errors import ConfigError, nearest
 from reca.models.family import Family, Variant
 
-FAMILIES = {"bagel": "reca.models.bagel"}
+FAMILIES = {
+    "bagel": "reca.models.bagel",
+    "showo": "reca.models.showo",
+}
 
 
 def get_family(name: str) -> Family:

@@ -12,6 +12,12 @@ RECIPES = {
     "quickstart": "reca.recipes.quickstart:quickstart",
     "bagel-7b": "reca.recipes.bagel:bagel_7b",
     "bagel-smoke": "reca.recipes.bagel:bagel_smoke",
+    "showo-clip-256": "reca.recipes.showo:showo_clip_256",
+    "showo-clip-512": "reca.recipes.showo:showo_clip_512",
+    "showo-vq-512": "reca.recipes.showo:showo_vq_512",
+    "showo-vq-512-blur": "reca.recipes.showo:showo_vq_512_blur",
+    "showo-clip-smoke": "reca.recipes.showo:showo_clip_smoke",
+    "showo-vq-smoke": "reca.recipes.showo:showo_vq_smoke",
 }
 
 

@@ -21,6 +21,7 @@ from reca.engine.state import select_device
 from reca.errors import CheckpointError, ConfigError, nearest
 from reca.layers.attention import set_attention_backend
 from reca.models import get_variant
+from reca.models.checkpoint import PICKLED
 from reca.models.family import Family, SampleOptions, Sampler, Variant
 from reca.randomness import RandomSource
 from reca.recipes.evaluation import Evaluation
@@ -243,7 +244,9 @@ def weights_fingerprint(folder: Path | None) -> str:
     if folder is None:
         return RANDOM
     digest = hashlib.blake2b(digest_size=16)
-    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
+    suffixes = {".safetensors", *PICKLED}
+    found = [folder] if folder.is_file() else folder.rglob("*")
+    files = sorted(path for path in found if path.suffix in suffixes and path.is_file())
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\n".encode())

@@ -8,7 +8,7 @@ import pytest
 
 from reca.config import ConversationConfig, TrainConfig
 from reca.errors import ConfigError
-from reca.recipes import get_recipe
+from reca.recipes import RECIPES, get_recipe
 from reca.recipes.resolve import config_yaml, read_config, resolve
 from reca.recipes.strict_yaml import parse_yaml
 
@@ -144,7 +144,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         resolve(str(tmp_path / "none.yaml"))
 
 
-@pytest.mark.parametrize("name", ["quickstart", "bagel-7b", "bagel-smoke"])
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_valid_and_carries_its_name(name: str) -> None:
     config = get_recipe(name)()
     assert isinstance(config, TrainConfig)
