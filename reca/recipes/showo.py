@@ -60,7 +60,8 @@ def _official(name: str, variant: str, *, micro_images: int, steps: int | None =
 def showo_clip_512() -> TrainConfig:
     """RecA on Show-o with the CLIP encoder at 512 px: the paper's main variant.
 
-    The published end, 1,000,000 steps, is an open one; the authors state 5000 for all models but BAGEL (issue 15).
+    The configured end, 1,000,000 steps, is an open one; for all models but BAGEL the authors state 5000
+    (issue 15).
     """
     return _official("showo-clip-512", "clip-512", micro_images=2)
 
