@@ -9,6 +9,7 @@ from reca.models.family import Family, Variant
 
 FAMILIES = {
     "bagel": "reca.models.bagel",
+    "janus": "reca.models.janus",
     "showo": "reca.models.showo",
 }
 

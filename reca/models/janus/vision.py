@@ -1,0 +1,81 @@
+"""SigLIP as Janus-Pro uses it: every patch of a square image, after the last norm. Frozen."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reca.layers.attention import Segments, attention
+from reca.models.janus.config import VisionConfig
+
+
+class GeluMLP(nn.Module):
+    """fc2(gelu(fc1(x))) with the exact GELU.
+
+    Shape: [..., dim] -> [..., out].
+    """
+
+    def __init__(self, dim: int, hidden: int, out: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply both layers to the last axis of `x`."""
+        output: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return output
+
+
+class VisionLayer(nn.Module):
+    """One pre-norm transformer layer; full attention inside each image."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.head_dim = config.head_dim
+        self.attention_backend = "auto"
+        self.norm1 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.mlp = GeluMLP(dim, config.intermediate_size, dim)
+
+    def forward(self, hidden: Tensor, images: Segments) -> Tensor:
+        """[patches, dim] -> [patches, dim]."""
+        query, key, value = self.qkv(self.norm1(hidden)).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+        attended = attention(query, key, value, images, backend=self.attention_backend)
+        hidden = hidden + self.out(attended.flatten(1))
+        output: Tensor = hidden + self.mlp(self.norm2(hidden))
+        return output
+
+
+class VisionEncoder(nn.Module):
+    """Square images -> one embedding per patch; no class token, no pooling."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        dim = config.hidden_size
+        self.patch_embedding = nn.Conv2d(3, dim, config.patch_size, stride=config.patch_size)
+        self.position_embedding = nn.Embedding(config.num_tokens, dim)
+        self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
+        self.post_norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, pixels: Tensor, images: Segments) -> Tensor:
+        """Encode images.
+
+        Args:
+            pixels: [images, 3, image_size, image_size] in [-1, 1].
+            images: patches of each image.
+
+        Returns: [images * patches, dim], row by row.
+        """
+        weight = self.patch_embedding.weight
+        hidden = self.patch_embedding(pixels.to(weight.dtype)).flatten(2).transpose(1, 2)
+        hidden = (hidden + self.position_embedding.weight.to(hidden.dtype)).flatten(0, 1)
+        for layer in self.layers:
+            hidden = layer(hidden, images)
+        output: Tensor = self.post_norm(hidden)
+        return output
