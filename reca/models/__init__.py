@@ -10,6 +10,7 @@ from reca.models.family import Family, Variant
 FAMILIES = {
     "bagel": "reca.models.bagel",
     "janus": "reca.models.janus",
+    "openuni": "reca.models.openuni",
     "showo": "reca.models.showo",
 }
 
