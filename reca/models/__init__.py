@@ -9,6 +9,7 @@ from reca.models.family import Family, Variant
 
 FAMILIES = {
     "bagel": "reca.models.bagel",
+    "harmon": "reca.models.harmon",
     "janus": "reca.models.janus",
     "openuni": "reca.models.openuni",
     "showo": "reca.models.showo",

@@ -1,0 +1,283 @@
+"""Harmon under RecA: a masked autoencoder's encoder understands an image; tokens are generated one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reca.kernels import masked_token_loss
+from reca.layers.norm import RMSNorm
+from reca.layers.rotary import rotary_table
+from reca.models.harmon.batch import (
+    GenerationBatch,
+    GenerationDraws,
+    Images,
+    ImageToTextBatch,
+    ImageToTextDraws,
+    ReconstructionBatch,
+    Sequences,
+    Understanding,
+)
+from reca.models.harmon.config import HarmonConfig
+from reca.models.harmon.diffusion import NUM_STEPS, Schedule, diffusion_loss
+from reca.models.harmon.dropout import DrawnDropout, Dropout
+from reca.models.harmon.flops import minimum_flops
+from reca.models.harmon.head import DiffusionHead
+from reca.models.harmon.mar import MarDecoder, MarEncoder
+from reca.models.harmon.transformer import QwenLayer
+from reca.models.harmon.vae import KLVAE
+from reca.profiling import span
+from reca.randomness import RandomSource
+from reca.types import LossTerms
+
+UNDERSTANDING_PASS, VISIBLE_PASS = 0, 1
+
+
+class ScaleGradient(torch.autograd.Function):
+    """The identity, whose gradient is multiplied by a factor."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
+        """Pass `values` through."""
+        ctx.factor = factor
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """Scale the gradient."""
+        return ctx.factor * gradient, None
+
+
+class Bridge(nn.Module):
+    """Two linear layers with SiLU between them, from one width to another."""
+
+    def __init__(self, dim: int, hidden: int, out: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply both to the last axis."""
+        out: Tensor = self.fc2(F.silu(self.fc1(x)))
+        return out
+
+
+class HarmonModel(nn.Module):
+    """The whole model; everything but the autoencoder is trained.
+
+    `class_embedding` belongs to the masked autoencoder's pretraining and is never used; like officially it is
+    held and decayed. The embedding of tokens is also the output layer.
+
+    Args:
+        config: the architecture.
+    """
+
+    def __init__(self, config: HarmonConfig) -> None:
+        super().__init__()
+        llm, mar = config.llm, config.mar
+        dim, width = llm.hidden_size, mar.encoder_embed_dim
+        self.config = config
+        self.encoder = MarEncoder(mar)
+        self.proj_in = Bridge(width, dim, dim)
+        self.embed_tokens = nn.Embedding(llm.vocab_size, dim)
+        self.layers = nn.ModuleList(QwenLayer(llm) for _ in range(llm.num_hidden_layers))
+        self.norm = RMSNorm(dim, llm.rms_norm_eps)
+        self.proj_out = Bridge(dim, dim, width)
+        self.decoder = MarDecoder(mar)
+        self.diffusion_head = DiffusionHead(mar.vae_embed_dim, width, mar.diffloss_w, mar.diffloss_d)
+        self.class_embedding = nn.Embedding(mar.class_num, width)
+        self.vae = KLVAE(config.vae, config.vae_scale)
+        self.vae.requires_grad_(False)
+        # On the CPU even under torch.device("meta"): computed, never loaded.
+        with torch.device("cpu"):
+            table = Schedule.full().table
+        self.register_buffer("schedule_table", table, persistent=False)
+        self.schedule_table: Tensor
+        for embedding in (self.embed_tokens, self.class_embedding):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """What is sharded, recomputed and compiled; the encoder's blocks run twice in a step."""
+        return [*self.encoder.blocks, *self.layers, *self.decoder.blocks, *self.diffusion_head.blocks]
+
+    def decoder_layers(self) -> Sequence[QwenLayer]:
+        """The layers of the language model, in order."""
+        return list(self.layers)  # type: ignore[arg-type]
+
+    @property
+    def schedule(self) -> Schedule:
+        """The training schedule, on the model's device."""
+        table = self.schedule_table
+        return Schedule(torch.arange(NUM_STEPS, device=table.device), table)
+
+    def flops(self, batch: GenerationBatch | ImageToTextBatch) -> int:
+        """Least FLOPs of forward + backward of this microbatch; see `minimum_flops`."""
+        return minimum_flops(self.config, batch)
+
+    @torch.no_grad()
+    def draw(
+        self, batch: GenerationBatch | ImageToTextBatch, random: RandomSource
+    ) -> GenerationDraws | ImageToTextDraws:
+        """Order of tokens, noise levels and noise, all keyed by sample. The mask ratio is the batch's own."""
+        ids, mar = batch.sample_ids, self.config.mar
+        dropout = DrawnDropout(random, ids) if mar.attn_dropout or mar.proj_dropout else None
+        if isinstance(batch, ImageToTextBatch):
+            labels = torch.full((), batch.labels.shape[0], dtype=torch.float32, device=ids.device)
+            return ImageToTextDraws(counts={"image_to_text": labels}, dropout=dropout)
+        order = random.uniform("order", ids, batch.images.tokens).argsort(dim=1, stable=True)
+        levels, channels = mar.diffusion_batch_mul, mar.vae_embed_dim
+        rows = [levels * masked for masked in batch.num_masked]
+        time = [
+            random.uniform("time", ids[i : i + 1], count)[0].mul(NUM_STEPS).long().clamp(max=NUM_STEPS - 1)
+            for i, count in enumerate(rows)
+        ]
+        noise = random.normal_rows("noise", ids, rows, channels).split(rows)
+        return generation_draws(
+            self.config,
+            batch,
+            order,
+            torch.cat([part.view(levels, -1) for part in time], dim=1).flatten(),
+            torch.cat([part.view(levels, -1, channels) for part in noise], dim=1).flatten(0, 1),
+            dropout,
+        )
+
+    def forward(
+        self, batch: GenerationBatch | ImageToTextBatch, draws: GenerationDraws | ImageToTextDraws
+    ) -> LossTerms:
+        """The term of the batch's task, fp32.
+
+        `reconstruction`, `text_to_image`: diffusion loss, summed over noise levels and masked tokens.
+        `image_to_text`: cross entropy, summed over labelled tokens.
+        """
+        latents = self.encode_target(batch.images)
+        if isinstance(batch, ImageToTextBatch):
+            assert isinstance(draws, ImageToTextDraws)
+            return {"image_to_text": self.caption_loss(batch, latents, draws)}
+        assert isinstance(draws, GenerationDraws)
+        condition = self.condition(batch, latents, draws)
+        with span("loss"):
+            clean = latents.flatten(0, 1).index_select(0, draws.masked)
+            clean = clean.repeat(self.config.mar.diffusion_batch_mul, 1)
+            at = self.schedule.at(draws.time)
+            noised = at.signal * clean + at.noise * draws.noise
+            output = self.diffusion_head(noised, draws.time, condition)
+            loss = diffusion_loss(output, clean, noised, draws.noise, draws.time, self.schedule)
+        name = "reconstruction" if isinstance(batch, ReconstructionBatch) else "text_to_image"
+        return {name: loss.total}
+
+    @torch.no_grad()
+    def encode_target(self, images: Images) -> Tensor:
+        """[images, h * w, channels] fp32: scaled latents."""
+        with span("encode_target"):
+            return images.values if images.kind == "latents" else self.vae.encode(images.values)
+
+    def understand(
+        self, latents: Tensor, rows: Understanding, table: Tensor, dropout: Dropout | None
+    ) -> Tensor:
+        """[images * (buffers + h * w), dim]: embeddings, buffers first; their gradient is scaled."""
+        with span("understand"):
+            encoded = self.encoder(
+                latents.flatten(0, 1),
+                rows.positions,
+                rows.rows,
+                table,
+                rows.segments,
+                dropout,
+                UNDERSTANDING_PASS,
+            )
+            scaled: Tensor = ScaleGradient.apply(self.proj_in(encoded), self.config.grad_scale)  # type: ignore[no-untyped-call]
+            return scaled
+
+    def condition(self, batch: GenerationBatch, latents: Tensor, draws: GenerationDraws) -> Tensor:
+        """[masked tokens, width]: what the diffusion head is told about each masked token."""
+        grid = batch.images.grid
+        table = self.encoder.positions(grid)
+        seen = self._understanding(batch.understanding, latents, table, draws.dropout)
+        with span("predict"):
+            visible = self.encoder(
+                latents.flatten(0, 1).index_select(0, draws.visible),
+                draws.visible_positions,
+                batch.visible,
+                table,
+                batch.visible_segments,
+                draws.dropout,
+                VISIBLE_PASS,
+            )
+            hidden = self.run_llm(batch.sequences, [*seen, self.proj_in(visible)])
+            visible = visible + self.proj_out(hidden).index_select(0, batch.from_llm)
+            canvas = self.decoder(visible, draws.canvas_rows, grid, batch.canvas_segments, draws.dropout)
+            tokens = canvas.unflatten(0, (batch.num_images, -1))[:, self.config.mar.buffer_size :]
+            chosen = tokens.flatten(0, 1).index_select(0, draws.masked)
+            return chosen + self.decoder.output_positions(grid).index_select(0, draws.masked_positions)
+
+    def _understanding(
+        self, rows: Understanding | None, latents: Tensor, table: Tensor, dropout: Dropout | None
+    ) -> list[Tensor]:
+        return [] if rows is None else [self.understand(latents, rows, table, dropout)]
+
+    def run_llm(self, sequences: Sequences, images: Sequence[Tensor]) -> Tensor:
+        """[read rows, dim]: normed hidden states; `images` are embeddings of understanding and generation."""
+        llm = self.config.llm
+        text = self.embed_tokens(sequences.token_ids).to(images[-1].dtype)
+        hidden = torch.cat([text, *images]).index_select(0, sequences.rows)
+        rotation = rotary_table(sequences.positions, llm.head_dim, llm.rope_theta)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, rotation, sequences.segments, sequences.readout if index == last else None)
+        normed: Tensor = self.norm(hidden)
+        return normed
+
+    def caption_loss(self, batch: ImageToTextBatch, latents: Tensor, draws: ImageToTextDraws) -> Tensor:
+        """Scalar fp32: cross entropy of the labelled tokens, summed."""
+        table = self.encoder.positions(batch.images.grid)
+        seen = self.understand(latents, batch.understanding, table, draws.dropout)
+        hidden = self.run_llm(batch.sequences, [seen])
+        with span("loss"):
+            weight = self.embed_tokens.weight.to(seen.dtype)
+            return masked_token_loss(hidden.to(seen.dtype), weight, batch.labels)
+
+
+def generation_draws(
+    config: HarmonConfig,
+    batch: GenerationBatch,
+    order: Tensor,
+    time: Tensor,
+    noise: Tensor,
+    dropout: Dropout | None,
+) -> GenerationDraws:
+    """Rows that follow from the order of tokens; lengths come from the batch, so nothing is read on the host.
+
+    Args:
+        order: [images, h * w] int64 permutations; the first `num_masked` of each are masked.
+        time, noise: as in `GenerationDraws`.
+    """
+    tokens, buffers, device = batch.images.tokens, config.mar.buffer_size, order.device
+    rank = order.argsort(dim=1)  # place of each position in the order
+    is_masked = rank < batch.masked_counts[:, None]
+    raster = is_masked.to(torch.int8).argsort(dim=1, stable=True)  # visible, then masked positions
+    pieces = [
+        row.split([visible, masked])
+        for row, visible, masked in zip(raster.unbind(0), batch.num_visible, batch.num_masked, strict=True)
+    ]
+    shared = torch.arange(buffers, device=device)
+    canvas = [
+        i * (buffers + tokens) + torch.cat([shared, visible + buffers])
+        for i, (visible, _) in enumerate(pieces)
+    ]
+    counted = torch.full((), noise.shape[0], dtype=torch.float32, device=device)
+    name = "reconstruction" if isinstance(batch, ReconstructionBatch) else "text_to_image"
+    return GenerationDraws(
+        counts={name: counted},
+        visible=torch.cat([i * tokens + visible for i, (visible, _) in enumerate(pieces)]),
+        masked=torch.cat([i * tokens + masked for i, (_, masked) in enumerate(pieces)]),
+        visible_positions=torch.cat([visible for visible, _ in pieces]),
+        masked_positions=torch.cat([masked for _, masked in pieces]),
+        canvas_rows=torch.cat(canvas),
+        time=time,
+        noise=noise,
+        dropout=dropout,
+    )
