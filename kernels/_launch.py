@@ -64,6 +64,22 @@ TABLE: dict[str, tuple[Entry, ...]] = {
             "seven streams in flight per thread hide the latency without more warps",
         ),
     ),
+    "flow_head": (
+        Entry(
+            ANY_WIDTH,
+            LaunchConfig(tile=4096, warps=8),
+            "arithmetic: 64 rows by 64 columns leave 16 accumulators per thread for the prediction; 32,768 "
+            "rows are 512 programs, four per multiprocessor",
+        ),
+    ),
+    "flow_input": (
+        Entry(
+            ANY_WIDTH,
+            LaunchConfig(tile=4096, warps=8),
+            "arithmetic: 64 rows by 64 columns leave 16 accumulators per thread (80 registers on sm_90, 136 "
+            "with twice the columns); 512 programs noise each row once, not once per column block",
+        ),
+    ),
     "flow_matching_loss": (
         Entry(
             ANY_WIDTH,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from reca.kernels._checks import FLOATS, check_dtype, check_shape
+
 _WORD = 0xFFFFFFFF
 _ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
@@ -38,6 +40,38 @@ class PhiloxNoise:
     step: Tensor
     samples: Tensor
     rows: Tensor
+
+
+NoiseArguments = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, int]
+"""(noise, samples, rows, step, key) as operators carry them: the first alone, or the others."""
+
+
+def noise_arguments(noise: Tensor | PhiloxNoise) -> NoiseArguments:
+    """Given or regenerated noise in the form that schemas know."""
+    if isinstance(noise, Tensor):
+        return noise.detach(), None, None, None, 0
+    return None, noise.samples, noise.rows, noise.step, signed_key(noise.key)
+
+
+def check_noise(
+    operator: str, noise: Tensor | PhiloxNoise, tokens: int, dim: int, num_images: int
+) -> dict[str, Tensor]:
+    """The tensors of `noise` by name. Raises ValueError or TypeError unless they fit [tokens, dim] rows."""
+    if isinstance(noise, Tensor):
+        check_shape(operator, "noise", noise, (tokens, dim), "[tokens, dim] like clean")
+        check_dtype(operator, "noise", noise, FLOATS)
+        return {"noise": noise}
+    if dim % 4:
+        raise ValueError(
+            f"{operator}: dim must be a multiple of 4 for Philox noise, got {dim}; pass a tensor"
+        )
+    tensors = {"noise.step": noise.step, "noise.samples": noise.samples, "noise.rows": noise.rows}
+    shapes = ((), (num_images,), (tokens,))
+    legends = ("a scalar on the device", "one sample id per image", "the row of each token in its sample")
+    for (name, tensor), shape, legend in zip(tensors.items(), shapes, legends, strict=True):
+        check_shape(operator, name, tensor, shape, legend)
+        check_dtype(operator, name, tensor, (torch.int64,))
+    return tensors
 
 
 def signed_key(key: int) -> int:
@@ -82,3 +116,25 @@ def normal_rows(key: int, step: Tensor, sample: Tensor, rows: Tensor, dim: int) 
         angle = (2.0 * math.pi) * angle_draw
         normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
     return torch.stack(normals, dim=-1).flatten(1)
+
+
+def given_or_drawn(
+    noise: Tensor | None,
+    samples: Tensor | None,
+    rows: Tensor | None,
+    step: Tensor | None,
+    key: int,
+    images: Tensor | None,
+    dim: int,
+) -> Tensor:
+    """[tokens, dim]: the noise itself, or what its coordinates stand for; NaN for an image out of range."""
+    if noise is not None:
+        return noise
+    assert samples is not None
+    assert rows is not None
+    assert step is not None
+    assert images is not None
+    inside = (images >= 0) & (images < samples.shape[0])
+    # No images, no tokens: nothing is picked from an empty list.
+    sample = samples[images.clamp(0, max(samples.shape[0] - 1, 0))]
+    return torch.where(inside[:, None], normal_rows(key, step, sample, rows, dim), torch.nan)

@@ -85,6 +85,31 @@ def _adamw_rounded() -> None:
     _adamw(_meta(1 << 32), None, _meta(dtype=torch.int64))
 
 
+def _index(count: int) -> Tensor:
+    return _meta(count, dtype=torch.int64)
+
+
+def _flow_input() -> None:
+    from reca.kernels.flow_input import kernel
+
+    clean, time = _meta(32768, 64, dtype=torch.float32), _meta(8, dtype=torch.float32)
+    latents = (clean, time, _index(32768), None, _index(8), _index(32768), _meta(dtype=torch.int64), 1 << 40)
+    tables = (_meta(3584), _meta(8, 3584), _meta(4096, 3584), _index(32768))
+    kernel.forward(*latents, _meta(3584, 64), *tables)
+    kernel.features(*latents, torch.bfloat16)
+
+
+def _flow_head() -> None:
+    from reca.kernels.flow_head import kernel
+
+    hidden, clean = _meta(32768, 3584), _meta(32768, 64, dtype=torch.float32)
+    weights = (_meta(3584), _meta(64, 3584))
+    mask, step = _meta(32768, dtype=torch.float32), _meta(dtype=torch.int64)
+    noise = (_index(32768), None, _index(8), _index(32768), step, 1 << 40)
+    loss, *saved = kernel.forward(hidden, *weights, _meta(64), clean, mask, *noise, 1e-6)
+    kernel.backward(loss, hidden, *weights, *saved)
+
+
 def _flow_matching_loss() -> None:
     from reca.kernels.flow_matching_loss import kernel
 
@@ -142,6 +167,8 @@ CASES: dict[str, Callable[[], None]] = {
     "adamw": _adamw_fp32,
     "adamw_split": _adamw_split,
     "adamw_rounded": _adamw_rounded,
+    "flow_head": _flow_head,
+    "flow_input": _flow_input,
     "flow_matching_loss": _flow_matching_loss,
     "rms_norm": _rms_norm,
     "rms_norm_narrow": _rms_norm_narrow,

@@ -61,10 +61,10 @@ def _adamw_kernel(
 ):
     start = tl.program_id(0).to(tl.int64) * TILE
     cols = start + tl.arange(0, TILE)
-    inside = cols < count
     if HAS_SKIPPED:
         # A skipped step neither reads nor writes: what it would have changed stays as it is, bit for bit.
-        inside = inside & (tl.load(skipped_ptr).to(tl.int32) == 0)
+        count = tl.where(tl.load(skipped_ptr).to(tl.int32) != 0, 0, count)
+    inside = cols < count
     weight = tl.load(weight_ptr + cols, mask=inside, other=0)
     if HAS_LOW:
         low = tl.load(low_ptr + cols, mask=inside, other=0)

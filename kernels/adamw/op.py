@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +17,13 @@ _NAME = "adamw_"
 _WEIGHTS = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def _cuda(weight: Tensor, *arguments: object) -> None:
+def _cuda(*arguments: Any) -> None:
     from reca.kernels.adamw import kernel
 
-    kernel.step_(weight, *arguments)  # type: ignore[arg-type]
+    kernel.step_(*arguments)
 
 
-def _fake(weight: Tensor, *arguments: object) -> None:
+def _fake(*arguments: Any) -> None:
     return None
 
 

@@ -68,7 +68,7 @@ def load(source: Path | str, model: str | None = None, *, device: str = "auto") 
     loaded = load_model(config.model, config.weights, compute, config.seed)
     found = find_latest(folder / CHECKPOINTS).path
     if found is None:
-        raise CheckpointError(f"{folder} holds no intact checkpoint; train on, or give weights")
+        raise CheckpointError(f"{folder} holds no intact checkpoint; train on, or use its weights")
     trained = {name: parameter.detach() for name, parameter in trained_parameters(loaded.model).items()}
     copy_exactly("weights", trained, load_checkpoint(found, verify=False).model)
     return loaded

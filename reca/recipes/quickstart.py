@@ -10,7 +10,7 @@ _STEPS = 300
 def quickstart() -> TrainConfig:
     """RecA on `bagel/quickstart`, the same classes as BAGEL-7B-MoT with 1.9 M parameters, and 57 photographs.
 
-    It starts from shipped weights that see pictures (32 px) and make pictures (64 px), but not the one they see.
+    It starts from shipped weights that see pictures (32 px) and make pictures (64 px), but not the same ones.
     """
     return TrainConfig(
         recipe="quickstart",

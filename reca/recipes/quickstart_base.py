@@ -40,7 +40,7 @@ from reca.randomness import RandomSource
 from reca.recipes.quickstart_photos import crops, pyramid, training_photos
 
 SEED = 20_250_909  # the date of the RecA paper
-STEPS = {"autoencoder": 2500, "understanding": 1200, "generator": 2000}
+STEPS = {"autoencoder": 1500, "understanding": 1200, "generator": 2000}
 _SIDES = (64, 72, 88, 112, 144)  # shortest sides of the photographs that crops of 64 pixels are cut from
 _POOL = 2048  # crops that the generator learns from
 _CHANNEL_ORDERS = tuple(itertools.permutations(range(3)))

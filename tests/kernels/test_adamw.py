@@ -159,6 +159,17 @@ def test_a_split_master_follows_the_fp32_weight_bit_for_bit(device: str) -> None
     assert torch.equal(state["ema"], whole["ema"])
 
 
+def test_no_low_half_is_lost_on_the_way_through_the_kernel(device: str) -> None:
+    bits = torch.arange(0, 1 << 16, dtype=torch.int32, device=device) + (0x3F80 << 16)
+    weight, low = split_master(bits.view(torch.float32))
+    zeros = [torch.zeros(1 << 16, device=device) for _ in range(3)]
+    scalars = (scalar(0.0, device), scalar(0.0, device), None, None, None)
+    kernel.step_(weight, low, *zeros, None, *scalars, 0.9, 0.999, 1e-8, 0.1, 0.0, 0, 0)
+    expected = split_master(bits.view(torch.float32))
+    assert torch.equal(weight, expected[0])
+    assert torch.equal(low, expected[1])
+
+
 def test_stochastic_rounding_takes_its_documented_words_bit_for_bit(device: str) -> None:
     step, offset = scalar(5, device, torch.int64), (1 << 34) + 8
     words = rounding_words(KEY, step, offset, 10).cpu()

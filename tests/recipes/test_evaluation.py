@@ -85,6 +85,13 @@ def test_a_perfect_reconstruction_has_perfect_scores(tmp_path):
     assert painter.prompts == [instruction()] * 2
 
 
+def test_the_rank_says_which_input_a_picture_looks_like(tmp_path):
+    red, blue = Image.new("RGB", (24, 24), (255, 0, 0)), Image.new("RGB", (24, 24), (0, 0, 255))
+    always_red = Painter(lambda image: red)
+    metrics = _evaluation(always_red, red=_encoded(red), blue=_encoded(blue))(0, tmp_path)
+    assert (metrics["retrieval_rank/red"], metrics["retrieval_rank/blue"]) == (1.0, 2.0)
+
+
 def test_means_stand_beside_the_value_of_every_picture(tmp_path):
     painter = Painter(lambda image: Image.new("RGB", (24, 24), (90, 120, 200)))
     metrics = _evaluation(painter, a=_encoded(_photo(1)), b=_encoded(_photo(2)))(0, tmp_path)

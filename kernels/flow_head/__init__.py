@@ -1,0 +1,1 @@
+"""Final norm, projection to a velocity, and its masked squared error: loss and gradient in one pass."""

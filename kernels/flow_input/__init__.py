@@ -1,0 +1,1 @@
+"""Noised latents and their projection; the noise is regenerated, never stored."""
