@@ -29,8 +29,8 @@ class SampleOptions:
         renorm_min: smallest renorm factor; 1 switches renorm off.
         shift: timestep shift.
         seed: seed of the starting noise.
-        first_index: number of the first picture of a call; the noise belongs to (seed, number), so a long list
-            may be sampled in parts.
+        first_index: number of the first picture of a call; the noise belongs to (seed, number), so a list
+            of many may be sampled in parts.
     """
 
     steps: int = 50

@@ -75,7 +75,7 @@ def load(source: Path | str, model: str | None = None, *, device: str = "auto") 
 
 
 class _RejectLog:
-    """`rejected.jsonl`: every image that was left out, once, whatever was resumed. Made at the first reject."""
+    """`rejected.jsonl`: every image left out, once, whatever was resumed. Made at the first reject."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
