@@ -10,6 +10,8 @@ if __name__ != "reca.kernels":
 
 from reca.kernels._library import Impl as Impl
 from reca.kernels._philox import PhiloxNoise as PhiloxNoise
+from reca.kernels.adaln_modulation.op import gate_residual as gate_residual
+from reca.kernels.adaln_modulation.op import layer_norm_modulate as layer_norm_modulate
 from reca.kernels.adamw.op import adamw_ as adamw_
 from reca.kernels.adamw.reference import join_master as join_master
 from reca.kernels.adamw.reference import split_master as split_master
@@ -24,6 +26,7 @@ from reca.kernels.rms_norm.op import add_rms_norm as add_rms_norm
 from reca.kernels.rms_norm.op import rms_norm as rms_norm
 
 OPERATORS = (
+    "adaln_modulation",
     "adamw",
     "flow_head",
     "flow_input",

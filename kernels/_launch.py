@@ -56,6 +56,24 @@ class Entry:
 
 
 TABLE: dict[str, tuple[Entry, ...]] = {
+    "adaln_modulation": (
+        Entry(
+            1024,
+            LaunchConfig(tile=4096, warps=8),
+            "arithmetic: several short rows share a program, 16 elements per thread and operand",
+        ),
+        Entry(
+            8192,
+            LaunchConfig(tile=4096, warps=8),
+            "arithmetic: a row of 1,536 (padded to 2,048) leaves 8 elements per thread, two rows 16, so that "
+            "the six fp32 values per element of the backward stay below 128 registers",
+        ),
+        Entry(
+            ANY_WIDTH,
+            LaunchConfig(tile=4096, warps=16),
+            "arithmetic: rows up to 32,768 leave 64 elements per thread at most",
+        ),
+    ),
     "adamw": (
         Entry(
             ANY_WIDTH,

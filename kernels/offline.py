@@ -99,6 +99,26 @@ def _flow_input() -> None:
     kernel.features(*latents, torch.bfloat16)
 
 
+def _adaln_modulation() -> None:
+    from reca.kernels.adaln_modulation import kernel
+
+    x, weight = _meta(170000, 1536), _meta(1536)
+    modulation = _meta(170000, 3 * 1536)
+    shift, scale, gate = modulation.chunk(3, dim=1)
+    out, mean, rstd = kernel.forward(x, shift, scale, weight, weight, 1e-6)
+    kernel.backward(out, x, scale, weight, weight, mean, rstd, True, True, True)
+    kernel.gate_residual(x, gate, x)
+
+
+def _adaln_modulation_plain() -> None:
+    from reca.kernels.adaln_modulation import kernel
+
+    x = _meta(170000, 1024)
+    out, mean, rstd = kernel.forward(x, x, x, None, None, 1e-6)
+    kernel.backward(out, x, x, None, None, mean, rstd, True, True, False)
+    kernel.gate_backward(out, x, x, True, True)
+
+
 def _flow_head() -> None:
     from reca.kernels.flow_head import kernel
 
@@ -167,6 +187,8 @@ CASES: dict[str, Callable[[], None]] = {
     "adamw": _adamw_fp32,
     "adamw_split": _adamw_split,
     "adamw_rounded": _adamw_rounded,
+    "adaln_modulation": _adaln_modulation,
+    "adaln_modulation_plain": _adaln_modulation_plain,
     "flow_head": _flow_head,
     "flow_input": _flow_input,
     "flow_matching_loss": _flow_matching_loss,

@@ -62,7 +62,7 @@ def initialise(module: nn.Module, random: RandomSource, quiet: tuple[str, ...] =
 
 
 def optimise(
-    parameters: Sequence[nn.Parameter], steps: int, lr: float, loss_at: Callable[[int], Tensor], label: str
+    parameters: Sequence[Tensor], steps: int, lr: float, loss_at: Callable[[int], Tensor], label: str
 ) -> None:
     """AdamW under a cosine schedule after a short warm-up; prints how the loss falls."""
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
@@ -71,7 +71,7 @@ def optimise(
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
         loss = loss_at(step)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -147,13 +147,13 @@ def _understood(model: BagelModel, encoded: Tensor, images: int) -> Tensor:
     special, count = model.config.special, encoded.shape[0] // images
     positions = model.vision_positions.repeat(images, 1)
     ids = torch.tensor([special.start_of_image, special.end_of_image])
-    start, end = model.embed_tokens(ids).split(1)
-    blocks = [torch.cat([start, block, end]) for block in (encoded + positions).split(count)]
+    start, end = torch.chunk(model.embed_tokens(ids), 2)
+    blocks = [torch.cat([start, block, end]) for block in torch.chunk(encoded + positions, images)]
     hidden, segments = torch.cat(blocks), Segments.of([count + 2] * images)
     for layer in model.blocks():
         attended = attention(*layer.und.project(hidden), segments)
         hidden = layer.und.finish(hidden, attended)
-    return torch.cat([block[1:-1] for block in hidden.split(count + 2)])
+    return torch.cat([block[1:-1] for block in torch.chunk(hidden, images)])
 
 
 def train_understanding(model: BagelModel, levels: list[Tensor], steps: int) -> None:
@@ -197,7 +197,7 @@ def train_understanding(model: BagelModel, levels: list[Tensor], steps: int) -> 
     optimise(parameters, steps, 1.5e-3, loss_at, "understanding")
     with torch.no_grad():
         views = _shrunk(crops(levels, 256, 64, RandomSource(SEED + 1, step=1 << 20), jitter=0.0), view_side)
-        model.connector.fc2.bias -= see(model, views).mean(dim=0)
+        model.connector.fc2.bias.sub_(see(model, views).mean(dim=0))
 
 
 def train_generator(model: BagelModel, levels: list[Tensor], tokenizer: Tokenizer, steps: int) -> None:
@@ -218,7 +218,8 @@ def train_generator(model: BagelModel, levels: list[Tensor], tokenizer: Tokenize
         texts = [instructions[source.integer("instruction", sample, len(instructions))] for sample in ids]
         data = _paired_batch(model.config, seen, texts, [moments[index] for index in chosen], ids)
         draws = model.draw(data, source)
-        return model(data, draws)["reconstruction"] / draws.counts["reconstruction"]
+        loss: Tensor = model(data, draws)["reconstruction"] / draws.counts["reconstruction"]
+        return loss
 
     optimise(parameters, steps, 2e-3, loss_at, "generator")
 

@@ -1,0 +1,1 @@
+"""Adaptive layer norm: norm, scale and shift before a sub-layer, gate and residual after it."""
