@@ -24,6 +24,13 @@ def test_every_picture_fills_its_cell_in_its_place() -> None:
     assert sheet.size == (2 * 40 + 8, 26 + 2 * (32 + 18 + 8))
 
 
+def test_pictures_of_any_shape_fit_the_sheet() -> None:
+    wide, tall = Image.new("RGB", (400, 100), (1, 2, 3)), Image.new("RGB", (10, 40), (4, 5, 6))
+    sheet = contact_sheet([[wide, tall], [tall, wide]], columns=("one", "two"), captions=("a", "b"), cell=192)
+    counts = {colour: count for count, colour in sheet.getcolors(1 << 20) or []}
+    assert counts[(1, 2, 3)] == 2 * 192 * 48 and counts[(4, 5, 6)] == 2 * 48 * 192
+
+
 def test_names_beyond_ascii_are_drawn_without_failing() -> None:
     contact_sheet([[Image.new("RGB", (4, 4))]], captions=("naïve 照片 \u202e",))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -10,18 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from reca.data.sources import Source
-from reca.files import write_atomic
 from reca.images import ImageRejected, ImageSpec, load_image, resize
 from reca.models.family import SampleOptions, Sampler
 from reca.recipes.metrics import cycle_similarity, psnr, retrieval_rank, ssim
+from reca.sheet import contact_sheet, write_png
 
 _CELL = 192  # pixels of a picture on the contact sheet
-_MARGIN = 6
-_LINE = 14  # pixels of a line of text
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +86,7 @@ class Evaluation:
         first = folder / f"step-{0:08d}"
         if step == 0:
             for index, picture in enumerate(pictures):
-                write_atomic(first / f"{index:03d}.png", _png(picture))
+                write_png(first / f"{index:03d}.png", picture)
         columns: dict[str, Sequence[Image.Image]] = {
             "input": targets,
             "understanding view": [resize(photo, self.understanding) for photo in inputs],
@@ -101,7 +98,9 @@ class Evaluation:
             f"{name}   PSNR {value:.1f} dB   cycle {cosine:.2f}"
             for name, value, cosine in zip(names, measured.psnr, measured.cycle, strict=True)
         ]
-        write_atomic(folder / f"step-{step:08d}.png", _png(contact_sheet(columns, captions)))
+        rows = list(zip(*columns.values(), strict=True))
+        sheet = contact_sheet(rows, columns=tuple(columns), captions=captions, cell=_CELL)
+        write_png(folder / f"step-{step:08d}.png", sheet)
         return measured.metrics(names)
 
     def measure(
@@ -137,44 +136,9 @@ def instruction() -> str:
     return prompts.read_text(encoding="utf-8").splitlines()[0]
 
 
-def contact_sheet(columns: Mapping[str, Sequence[Image.Image]], captions: Sequence[str]) -> Image.Image:
-    """A grid with a title over each column and a caption over each row; small pictures show their pixels.
-
-    Args:
-        columns: title -> one picture per row.
-        captions: one per row.
-    """
-    font = ImageFont.load_default(size=11)
-    row_height = _LINE + _CELL + _MARGIN
-    width = _MARGIN + len(columns) * (_CELL + _MARGIN)
-    sheet = Image.new("RGB", (width, _MARGIN + _LINE + len(captions) * row_height + _MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, caption in enumerate(captions):
-        draw.text((_MARGIN, _MARGIN + _LINE + row * row_height), caption, fill="black", font=font)
-    for column, (title, pictures) in enumerate(columns.items()):
-        left = _MARGIN + column * (_CELL + _MARGIN)
-        draw.text((left, _MARGIN), title, fill="black", font=font)
-        for row, picture in enumerate(pictures):
-            sheet.paste(_fitted(picture), (left, _MARGIN + 2 * _LINE + row * row_height))
-    return sheet
-
-
-def _fitted(picture: Image.Image) -> Image.Image:
-    """The picture with its longest side at the size of a cell."""
-    scale = _CELL / max(picture.size)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    return picture.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-
-
 def _pixels(picture: Image.Image) -> Tensor:
     """[1, 3, height, width] fp32 in [-1, 1]."""
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def _read_pictures(folder: Path, count: int) -> list[Image.Image]:

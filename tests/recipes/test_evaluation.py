@@ -11,7 +11,7 @@ from PIL import Image
 
 from reca.images import ImageSpec, resize
 from reca.models.family import SampleOptions
-from reca.recipes.evaluation import Evaluation, contact_sheet, instruction
+from reca.recipes.evaluation import Evaluation, instruction
 
 TARGET = ImageSpec(max_size=24, min_size=24, stride=8, fit="center_crop")
 VIEW = ImageSpec(max_size=8, min_size=8, stride=4, fit="center_crop")
@@ -136,10 +136,3 @@ def test_a_photograph_that_cannot_be_read_is_left_out(tmp_path):
 def test_nothing_held_out_gives_no_metrics_and_no_picture(tmp_path):
     assert _evaluation(Painter(lambda image: image))(0, tmp_path) == {}
     assert list(tmp_path.iterdir()) == []
-
-
-def test_pictures_of_any_shape_fit_the_sheet():
-    wide, tall = Image.new("RGB", (400, 100), (1, 2, 3)), Image.new("RGB", (10, 40), (4, 5, 6))
-    sheet = contact_sheet({"one": [wide, tall], "two": [tall, wide]}, ["first", "second"])
-    counts = {colour: count for count, colour in sheet.getcolors(1 << 20)}
-    assert counts[(1, 2, 3)] == 2 * 192 * 48 and counts[(4, 5, 6)] == 2 * 48 * 192
