@@ -21,7 +21,8 @@ from reca.models.harmon.context import Canvas, read_prefix
 from reca.models.harmon.diffusion import Schedule
 from reca.models.harmon.model import HarmonModel
 from reca.models.harmon.sampler import HarmonSampler, Plan, Randomness, denoise, masked_after, picture_steps
-from reca.models.harmon.tokenizer import QWEN2_WORDS, read_template
+from reca.models.harmon.tokenizer import read_template
+from reca.models.tokenizer import QWEN2_WORDS
 
 VARIANT = VARIANTS["tiny"]
 CONFIG: HarmonConfig = VARIANT.config

@@ -23,7 +23,8 @@ from reca.models.openuni.batch import (
 )
 from reca.models.openuni.config import VARIANTS, OpenUniConfig
 from reca.models.openuni.prompt import MAX_CAPTION_ROWS, PromptWriter
-from reca.models.openuni.tokenizer import ByteTokenizer, read_tokenizer
+from reca.models.openuni.tokenizer import read_tokenizer
+from reca.models.tokenizer import ByteTokenizer
 from reca.randomness import RandomSource
 
 VARIANT = VARIANTS["tiny"]

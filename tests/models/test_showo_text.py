@@ -19,7 +19,8 @@ from reca.models.showo.config import IGNORED, VARIANTS, MagvitConfig, ShowoConfi
 from reca.models.showo.magvit import Magvit
 from reca.models.showo.parity import reproduce
 from reca.models.showo.processor import ShowoProcessor
-from reca.models.showo.text import ByteTokenizer, conversation, instruction, read_tokenizer
+from reca.models.showo.text import conversation, instruction, read_tokenizer
+from reca.models.tokenizer import ByteTokenizer
 from reca.randomness import RandomSource
 
 FULL: ShowoConfig = VARIANTS["clip-512"].config

@@ -14,9 +14,10 @@ from torch import Tensor
 from reca.images import patchify, to_tensor
 from reca.layers.attention import Segments
 from reca.models.bagel.config import BagelConfig
-from reca.models.bagel.tokenizer import PromptTokenizer, read_tokenizer
+from reca.models.bagel.tokenizer import read_tokenizer
 from reca.models.bagel.transformer import MARKERS, Layout
 from reca.models.family import Variant
+from reca.models.tokenizer import TextTokenizer
 from reca.randomness import RandomSource
 from reca.types import Batch, Draws, TensorStruct, Text
 
@@ -224,7 +225,7 @@ class BagelProcessor:
         self.config = config
         self.understanding = variant.understanding
         self.target = variant.target
-        self.tokenizer: PromptTokenizer = read_tokenizer(config, folder)
+        self.tokenizer: TextTokenizer = read_tokenizer(config, folder)
 
     def prepare(self, image: Image.Image, text: Text, random: RandomSource, sample_id: int) -> BagelExample:
         """Resize, normalise and tokenise one RGB image; nothing here is random."""

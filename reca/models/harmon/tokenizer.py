@@ -1,52 +1,15 @@
-"""Texts to token ids, and the chat template around them. A user's text never becomes a special token."""
+"""Harmon's chat template over Qwen2.5's tokenizer."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
-
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import BPE
 
 from reca.errors import CheckpointError
 from reca.models.harmon.config import HarmonConfig, SpecialTokens
+from reca.models.tokenizer import ByteTokenizer, TextTokenizer, read_qwen2_tokenizer
 
 UNCONDITIONAL = "Generate an image."
-_SPECIAL = {"im_start": "<|im_start|>", "im_end": "<|im_end|>", "endoftext": "<|endoftext|>"}
-# how Qwen2 cuts a text into words; from its released tokenizer.json
-QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-class TextTokenizer(Protocol):
-    """What the template needs of a tokenizer."""
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a text, without any special token."""
-        ...
-
-
-class FileTokenizer:
-    """A tokenizer of the release, from which all added tokens are taken away."""
-
-    def __init__(self, description: Mapping[str, Any]) -> None:
-        self._tokenizer = Tokenizer.from_str(json.dumps({**description, "added_tokens": []}))
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a text, without any special token."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-class ByteTokenizer:
-    """UTF-8 bytes as ids, for variants that ship no tokenizer."""
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a text, without any special token."""
-        return tuple(text.encode("utf-8", errors="replace"))
+_CURE = "use the tokenizer of Qwen2.5"
 
 
 class Template:
@@ -84,68 +47,22 @@ class Template:
 
 
 def read_template(config: HarmonConfig, folder: Path | None) -> Template:
-    """The template over the tokenizer of a variant: `tokenizer.json`, else `vocab.json` and `merges.txt`.
+    """The template over the tokenizer of a variant, from the files beside its weights.
 
     Raises: CheckpointError if the files are missing, broken, or belong to another model.
     """
     if config.tokenizer == "bytes":
         return Template(ByteTokenizer(), config.special)
-    if folder is None:
-        raise CheckpointError("the tokenizer is missing; give the folder of the weights with tokenizer.json")
-    folder = folder if folder.is_dir() else folder.parent
-    description = _read_description(folder)
-    added = {token["content"]: token["id"] for token in description.get("added_tokens", [])}
-    for field, text in _SPECIAL.items():
-        expected = getattr(config.special, field)
-        if added.get(text, expected) != expected:
-            raise CheckpointError(
-                f"{folder}: the tokenizer gives {text} the id {added[text]}, the model expects {expected}; "
-                "use the tokenizer of Qwen2.5"
-            )
-    largest = max(description["model"]["vocab"].values(), default=0)
-    if largest >= config.llm.vocab_size:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has ids up to {largest}, the model {config.llm.vocab_size} embeddings; "
-            "use the tokenizer of Qwen2.5"
-        )
-    template = Template(FileTokenizer(description), config.special)
-    before = len(template.tokenizer.encode("user\n")) + 1
+    special = {
+        "<|im_start|>": config.special.im_start,
+        "<|im_end|>": config.special.im_end,
+        "<|endoftext|>": config.special.endoftext,
+    }
+    tokenizer = read_qwen2_tokenizer(folder, special, config.llm.vocab_size, cure=_CURE)
+    before = len(tokenizer.encode("user\n")) + 1
     if before != config.image_index:
         raise CheckpointError(
             f"{folder}: the tokenizer puts {before} tokens before an image, the model expects "
-            f"{config.image_index}; use the tokenizer of Qwen2.5"
+            f"{config.image_index}; {_CURE}"
         )
-    return template
-
-
-def _read_description(folder: Path) -> Mapping[str, Any]:
-    """The content of `tokenizer.json`, made from vocabulary and merges where that file is missing."""
-    path = folder / "tokenizer.json"
-    try:
-        if path.is_file():
-            description = json.loads(path.read_text(encoding="utf-8"))
-        else:
-            description = _from_vocabulary(folder)
-        if not isinstance(description["model"]["vocab"], dict):
-            raise TypeError("model.vocab is no table")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder}: the tokenizer cannot be read ({error}); copy its files again"
-        ) from error
-    return description  # type: ignore[no-any-return]
-
-
-def _from_vocabulary(folder: Path) -> Any:
-    """What `tokenizer.json` would say, for a release that ships only the vocabulary and its merges."""
-    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
-    if not (vocabulary.is_file() and merges.is_file()):
-        raise CheckpointError(
-            f"{folder}: expected tokenizer.json, or vocab.json and merges.txt; copy those of Qwen2.5 "
-            "beside the weights"
-        )
-    tokenizer = Tokenizer(BPE.from_file(str(vocabulary), str(merges)))
-    tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-    return json.loads(tokenizer.to_str())
+    return Template(tokenizer, config.special)

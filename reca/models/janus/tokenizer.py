@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Protocol
-
-from tokenizers import Tokenizer
+from typing import Any
 
 from reca.errors import CheckpointError
 from reca.models.janus.config import IGNORED, JanusConfig, SpecialTokens
+from reca.models.tokenizer import ByteTokenizer, FileTokenizer, TextTokenizer
 
 IMAGE = -1
 """In place of an id: a row of the understanding encoder."""
@@ -46,33 +45,6 @@ class Role(StrEnum):
     ASSISTANT = "<|Assistant|>"
 
 
-class PlainTokenizer(Protocol):
-    """Text to ids, without special tokens."""
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a text."""
-        ...
-
-
-class FileTokenizer:
-    """A tokenizer of the release, from which all added tokens are taken away."""
-
-    def __init__(self, description: Mapping[str, Any]) -> None:
-        self._tokenizer = Tokenizer.from_str(json.dumps({**description, "added_tokens": []}))
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a text."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-class ByteTokenizer:
-    """UTF-8 bytes as ids, for variants that ship no tokenizer."""
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a text."""
-        return tuple(text.encode("utf-8", errors="replace"))
-
-
 @dataclass(frozen=True, slots=True)
 class JanusTokenizer:
     """The templates of all tasks.
@@ -84,7 +56,7 @@ class JanusTokenizer:
         image_tokens: rows of an image that is understood.
     """
 
-    plain: PlainTokenizer
+    plain: TextTokenizer
     special: SpecialTokens
     roles: Mapping[str, int]
     image_tokens: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reca.models.openuni.config import OpenUniConfig
-from reca.models.openuni.tokenizer import PromptTokenizer
+from reca.models.tokenizer import TextTokenizer
 
 MAX_CAPTION_ROWS = 128
 """Rows of a text-to-image prompt."""
@@ -17,7 +17,7 @@ class PromptWriter:
     and never becomes a special token.
     """
 
-    def __init__(self, config: OpenUniConfig, tokenizer: PromptTokenizer) -> None:
+    def __init__(self, config: OpenUniConfig, tokenizer: TextTokenizer) -> None:
         self.special = config.special
         self.num_embeddings = config.vision.num_embeddings
         self.tokenizer = tokenizer

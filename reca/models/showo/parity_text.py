@@ -22,8 +22,9 @@ from reca.models.showo.sequence import (
     reconstruction,
     text_to_image,
 )
-from reca.models.showo.text import TextTokenizer, conversation, read_tokenizer
+from reca.models.showo.text import conversation, read_tokenizer
 from reca.models.showo.transformer import Layout
+from reca.models.tokenizer import TextTokenizer
 
 _FULL: ShowoConfig = VARIANTS["clip-512"].config
 _NAMES = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
@@ -13,6 +13,7 @@ from tokenizers.models import BPE
 from reca.errors import CheckpointError
 from reca.images import ImageRejected
 from reca.models.showo.config import IGNORED, ShowoConfig
+from reca.models.tokenizer import ByteTokenizer, TextTokenizer
 
 _END = "<|endoftext|>"
 _ASSISTANT = " ASSISTANT:"
@@ -21,15 +22,7 @@ PHI = "phi-1_5"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer_config.json")
 
 
-class TextTokenizer(Protocol):
-    """What the processor and the sampler need of a tokenizer."""
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a text, without any special token."""
-        ...
-
-
-class FileTokenizer:
+class PhiTokenizer:
     """The released tokenizer: its whitespace tokens stay, `<|endoftext|>` in a text is plain characters.
 
     Raises: ValueError if the library would number an added token otherwise than the file.
@@ -50,14 +43,6 @@ class FileTokenizer:
     def encode(self, text: str) -> tuple[int, ...]:
         """Ids of a text, without any special token."""
         return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-class ByteTokenizer:
-    """UTF-8 bytes as ids, for variants that ship no tokenizer."""
-
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a text, without any special token."""
-        return tuple(text.encode("utf-8", errors="replace"))
 
 
 def read_tokenizer(config: ShowoConfig, folder: Path | None) -> TextTokenizer:
@@ -94,7 +79,7 @@ def read_tokenizer(config: ShowoConfig, folder: Path | None) -> TextTokenizer:
             f"{config.special.pad}; use the tokenizer of phi-1.5 without additions"
         )
     try:
-        return FileTokenizer(description)
+        return PhiTokenizer(description)
     except Exception as error:  # the tokenizers library raises bare Exception for a broken file
         raise _unreadable(found, error) from error
 
