@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from reca.errors import CheckpointError
 from reca.images import ImageSpec
 from reca.models.bagel.vae import VAEConfig
 from reca.models.family import Variant
+from reca.models.official import entry, pick, require
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class LLMConfig:
     @classmethod
     def from_official(cls, official: Mapping[str, Any]) -> Self:
         """Read `llm_config.json`; keys that the code overrides after loading are ignored."""
-        return cls(**_pick(cls, official, "llm_config"))
+        return cls(**pick(cls, official, "llm_config"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,8 @@ class VisionConfig:
     @classmethod
     def from_official(cls, official: Mapping[str, Any]) -> Self:
         """Read `vit_config.json`, which counts one layer more than the official code builds."""
-        layers = {"num_layers": _get(official, "num_hidden_layers", "vit_config") - 1}
-        return cls(**_pick(cls, {**official, **layers}, "vit_config"))
+        layers = {"num_layers": entry(official, "num_hidden_layers", "vit_config") - 1}
+        return cls(**pick(cls, {**official, **layers}, "vit_config"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,38 +142,20 @@ class BagelConfig:
 
         Raises: CheckpointError naming the first key that is missing or cannot be honoured.
         """
-        vae = {**_get(official, "vae_config", "config")}
-        vae["ch_mult"] = tuple(_get(vae, "ch_mult", "vae_config"))
-        _require(official, "vit_rope", False)
-        _require(official, "vit_select_layer", -2)
-        _require(official, "interpolate_pos", False)
-        _require(official, "connector_act", "gelu_pytorch_tanh")
+        vae = {**entry(official, "vae_config", "config")}
+        vae["ch_mult"] = tuple(entry(vae, "ch_mult", "vae_config"))
+        require(official, "vit_rope", False)
+        require(official, "vit_select_layer", -2)
+        require(official, "interpolate_pos", False)
+        require(official, "connector_act", "gelu_pytorch_tanh")
         return cls(
-            llm=LLMConfig.from_official(_get(official, "llm_config", "config")),
-            vision=VisionConfig.from_official(_get(official, "vit_config", "config")),
-            vae=VAEConfig(**_pick(VAEConfig, vae, "vae_config")),
-            latent_patch_size=_get(official, "latent_patch_size", "config"),
-            max_latent_size=_get(official, "max_latent_size", "config"),
-            vit_max_num_patch_per_side=_get(official, "vit_max_num_patch_per_side", "config"),
+            llm=LLMConfig.from_official(entry(official, "llm_config", "config")),
+            vision=VisionConfig.from_official(entry(official, "vit_config", "config")),
+            vae=VAEConfig(**pick(VAEConfig, vae, "vae_config")),
+            latent_patch_size=entry(official, "latent_patch_size", "config"),
+            max_latent_size=entry(official, "max_latent_size", "config"),
+            vit_max_num_patch_per_side=entry(official, "vit_max_num_patch_per_side", "config"),
             special=SpecialTokens(**official.get("special_tokens", {})),
-        )
-
-
-def _get(official: Mapping[str, Any], key: str, where: str) -> Any:
-    if key not in official:
-        raise CheckpointError(f"{where}: key {key!r} is missing; use the configuration files of the release")
-    return official[key]
-
-
-def _pick(cls: type, official: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The entries that a config class has fields for; all of them must be there."""
-    return {name: _get(official, name, where) for name in cls.__dataclass_fields__}  # type: ignore[attr-defined]
-
-
-def _require(official: Mapping[str, Any], key: str, value: Any) -> None:
-    if official.get(key, value) != value:
-        raise CheckpointError(
-            f"config: {key}={official[key]!r} is not supported; every release has {value!r}"
         )
 
 

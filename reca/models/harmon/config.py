@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from reca.errors import CheckpointError
 from reca.images import ImageSpec
+from reca.models.autoencoder import AutoencoderKLConfig
 from reca.models.family import Variant
-from reca.models.harmon.vae import VAEConfig
+from reca.models.official import entry, pick, require
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,9 @@ class SpecialTokens:
     endoftext: int = 151_643
 
 
+_KL16 = AutoencoderKLConfig(ch_mult=(1, 1, 2, 2, 4))
+
+
 @dataclass(frozen=True, slots=True)
 class HarmonConfig:
     """Everything that shapes a Harmon.
@@ -114,7 +117,7 @@ class HarmonConfig:
 
     llm: LLMConfig
     mar: MarConfig
-    vae: VAEConfig = field(default_factory=VAEConfig)
+    vae: AutoencoderKLConfig = _KL16
     special: SpecialTokens = SpecialTokens()
     release: str = "harmon"
     vae_scale: float = 0.2325
@@ -128,38 +131,20 @@ class HarmonConfig:
 
         Raises: CheckpointError naming the first key that is missing or cannot be honoured.
         """
-        llm, mar = _get(official, "llm", "config"), dict(_get(official, "mar", "config"))
-        _require(llm, "tie_word_embeddings", True)
-        _require(llm, "use_sliding_window", False)
-        _require(mar, "patch_size", 1)
-        mar["num_sampling_steps"] = int(_get(mar, "num_sampling_steps", "mar"))
+        llm, mar = entry(official, "llm", "config"), dict(entry(official, "mar", "config"))
+        require(llm, "tie_word_embeddings", True)
+        require(llm, "use_sliding_window", False)
+        require(mar, "patch_size", 1)
+        mar["num_sampling_steps"] = int(entry(mar, "num_sampling_steps", "mar"))
         special = official.get("special_ids", {})
         return cls(
-            llm=LLMConfig(**_pick(LLMConfig, llm, "llm")),
-            mar=MarConfig(**_pick(MarConfig, mar, "mar")),
+            llm=LLMConfig(**pick(LLMConfig, llm, "llm")),
+            mar=MarConfig(**pick(MarConfig, mar, "mar")),
             special=SpecialTokens(
                 **{name: special[name] for name in SpecialTokens.__dataclass_fields__ if name in special}
             ),
-            vae_scale=float(_get(official, "vae_scale", "config")),
-            grad_scale=float(_get(official, "grad_scale", "config")),
-        )
-
-
-def _get(official: Mapping[str, Any], key: str, where: str) -> Any:
-    if key not in official:
-        raise CheckpointError(f"{where}: key {key!r} is missing; use the configuration files of the release")
-    return official[key]
-
-
-def _pick(cls: type, official: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The entries that a config class has fields for; all of them must be there."""
-    return {name: _get(official, name, where) for name in cls.__dataclass_fields__}  # type: ignore[attr-defined]
-
-
-def _require(official: Mapping[str, Any], key: str, value: Any) -> None:
-    if official.get(key, value) != value:
-        raise CheckpointError(
-            f"config: {key}={official[key]!r} is not supported; every release has {value!r}"
+            vae_scale=float(entry(official, "vae_scale", "config")),
+            grad_scale=float(entry(official, "grad_scale", "config")),
         )
 
 
@@ -204,7 +189,7 @@ VARIANTS: Mapping[str, Variant] = {
                 buffer_size=4,
                 num_sampling_steps=5,
             ),
-            vae=VAEConfig(ch=32, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1),
+            vae=AutoencoderKLConfig(ch=32, ch_mult=(1, 1, 1, 1, 1), num_res_blocks=1),
             special=SpecialTokens(256, 257, 258),
             release="harmon_tiny",
             image_index=6,  # <|im_start|> and the bytes of "user\n"

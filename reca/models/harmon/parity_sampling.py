@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reca.models.autoencoder import AutoencoderKLConfig
 from reca.models.checkpoint import load_slots
 from reca.models.family import Pack, Reproduction
 from reca.models.harmon.context import Canvas, Prefix, embed_image, read_prefix
 from reca.models.harmon.model import HarmonModel
 from reca.models.harmon.parity_training import load_pack_model, prompt_ids
 from reca.models.harmon.sampler import Plan, Randomness, Step, picture_steps
-from reca.models.harmon.vae import KLVAE, VAEConfig, vae_slots
+from reca.models.harmon.vae import KLVAE, vae_slots
 
 
 @torch.no_grad()
@@ -21,8 +22,8 @@ def reproduce_vae(pack: Pack) -> Reproduction:
     """Kind `vae`: moments, latents in the model's layout, and their reconstruction."""
     official: dict[str, Any] = pack.description["config"]
     fields = official["ddconfig"]
-    config = VAEConfig(
-        **{name: fields[name] for name in VAEConfig.__dataclass_fields__ if name != "ch_mult"},
+    config = AutoencoderKLConfig(
+        **{name: fields[name] for name in AutoencoderKLConfig.__dataclass_fields__ if name != "ch_mult"},
         ch_mult=tuple(fields["ch_mult"]),
     )
     with torch.device("meta"):

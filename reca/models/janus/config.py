@@ -9,6 +9,7 @@ from typing import Any, Self
 from reca.errors import CheckpointError
 from reca.images import ImageSpec
 from reca.models.family import Variant
+from reca.models.official import entry, pick
 
 IGNORED = -100
 """Label of a token that is not predicted."""
@@ -148,11 +149,11 @@ class JanusConfig:
         Raises: CheckpointError naming the first key that is missing or cannot be honoured.
         """
         parts = ("text_config", "vision_config", "vq_config")
-        text, vision, vq = (dict(_get(official, part, "config")) for part in parts)
+        text, vision, vq = (dict(entry(official, part, "config")) for part in parts)
         if "rope_parameters" in text:
-            text["rope_theta"] = _get(text["rope_parameters"], "rope_theta", "text_config.rope_parameters")
-        vq["channel_multiplier"] = tuple(_get(vq, "channel_multiplier", "vq_config"))
-        heads = _get(text, "num_attention_heads", "text_config")
+            text["rope_theta"] = entry(text["rope_parameters"], "rope_theta", "text_config.rope_parameters")
+        vq["channel_multiplier"] = tuple(entry(vq, "channel_multiplier", "vq_config"))
+        heads = entry(text, "num_attention_heads", "text_config")
         for part, where, required in (
             (text, "text_config", {"num_key_value_heads": heads, "hidden_act": "silu"}),
             (text, "text_config", {"attention_bias": False, "mlp_bias": False}),
@@ -167,23 +168,12 @@ class JanusConfig:
                     )
         special = official.get("special")
         return cls(
-            text=TextConfig(**_pick(TextConfig, text, "text_config")),
-            vision=VisionConfig(**_pick(VisionConfig, vision, "vision_config")),
-            vq=VQConfig(**_pick(VQConfig, vq, "vq_config")),
+            text=TextConfig(**pick(TextConfig, text, "text_config")),
+            vision=VisionConfig(**pick(VisionConfig, vision, "vision_config")),
+            vq=VQConfig(**pick(VQConfig, vq, "vq_config")),
             special=None if special is None else SpecialTokens(**special),
             train_aligner=train_aligner,
         )
-
-
-def _get(official: Mapping[str, Any], key: str, where: str) -> Any:
-    if key not in official:
-        raise CheckpointError(f"{where}: key {key!r} is missing; use the configuration files of the release")
-    return official[key]
-
-
-def _pick(cls: type, official: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The entries that a config class has fields for; all of them must be there."""
-    return {name: _get(official, name, where) for name in cls.__dataclass_fields__}  # type: ignore[attr-defined]
 
 
 def _released(hidden: int, intermediate: int, layers: int, heads: int) -> JanusConfig:

@@ -11,102 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reca.layers.autoencoder import Level, Middle, group_norm
 from reca.models.janus.config import VQConfig
-
-_GROUPS = 32
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(_GROUPS, channels, eps=1e-6)
-
-
-class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))); a 1 x 1 convolution carries x where channels change."""
-
-    def __init__(self, channels: int, out: int) -> None:
-        super().__init__()
-        self.norm1 = _norm(channels)
-        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
-        self.norm2 = _norm(out)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
-        self.nin_shortcut = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, channels, height, width] -> [batch, out, height, width]."""
-        hidden = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        output: Tensor = hidden + self.nin_shortcut(x)
-        return output
-
-
-class PositionAttention(nn.Module):
-    """One head over all positions of a picture."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = _norm(channels)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, channels, height, width], the same shape out."""
-        normed = self.norm(x)
-        query, key, value = (
-            part(normed).flatten(2).transpose(1, 2)[:, None] for part in (self.q, self.k, self.v)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value)[:, 0].transpose(1, 2).reshape(x.shape)
-        output: Tensor = x + self.proj_out(attended)
-        return output
-
-
-class _Middle(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block_1 = ResidualBlock(channels, channels)
-        self.attn_1 = PositionAttention(channels)
-        self.block_2 = ResidualBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.block_2(self.attn_1(self.block_1(x)))
-        return output
-
-
-class _Resize(nn.Module):
-    """Halve (zeros at the right and the bottom, stride 2) or double (nearest) both sides."""
-
-    def __init__(self, channels: int, *, halves: bool) -> None:
-        super().__init__()
-        self.halves = halves
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if halves else 1, padding=0 if halves else 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 1, 0, 1)) if self.halves else F.interpolate(x, scale_factor=2.0, mode="nearest")
-        output: Tensor = self.conv(x)
-        return output
-
-
-class _Level(nn.Module):
-    """Residual blocks, each followed by attention where the level has it, then a change of size."""
-
-    def __init__(
-        self, channels: int, out: int, num_blocks: int, *, attends: bool, resize: str | None
-    ) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(
-            ResidualBlock(out if index else channels, out) for index in range(num_blocks)
-        )
-        self.attn = nn.ModuleList(PositionAttention(out) for _ in range(num_blocks if attends else 0))
-        self.resize = resize
-        if resize is not None:
-            self.add_module(resize, _Resize(out, halves=resize == "downsample"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for index, block in enumerate(self.block):
-            x = block(x)
-            if len(self.attn):
-                x = self.attn[index](x)
-        return x if self.resize is None else self.get_submodule(self.resize)(x)
 
 
 class Encoder(nn.Module):
@@ -117,7 +23,7 @@ class Encoder(nn.Module):
         widths, last = config.widths, len(config.widths) - 1
         self.conv_in = nn.Conv2d(3, config.base_channels, 3, padding=1)
         self.down = nn.ModuleList(
-            _Level(
+            Level(
                 widths[level - 1] if level else config.base_channels,
                 widths[level],
                 config.num_res_blocks,
@@ -126,8 +32,8 @@ class Encoder(nn.Module):
             )
             for level in range(len(widths))
         )
-        self.mid = _Middle(widths[-1])
-        self.norm_out = _norm(widths[-1])
+        self.mid = Middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -146,9 +52,9 @@ class Decoder(nn.Module):
         super().__init__()
         widths = config.widths[::-1]
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid = _Middle(widths[0])
+        self.mid = Middle(widths[0])
         self.up = nn.ModuleList(
-            _Level(
+            Level(
                 widths[max(level - 1, 0)],
                 widths[level],
                 config.num_res_blocks + 1,
@@ -157,7 +63,7 @@ class Decoder(nn.Module):
             )
             for level in range(len(widths))
         )
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:

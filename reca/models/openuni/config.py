@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
-from reca.errors import CheckpointError
 from reca.images import ImageSpec
 from reca.models.family import Variant
+from reca.models.official import entry, pick, require
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,26 +221,26 @@ class OpenUniConfig:
 
         Raises: CheckpointError naming the first key that is missing or cannot be honoured.
         """
-        lmm = _get(official, "lmm", "config")
-        _require(official, "proj_type", "enc_proj")
+        lmm = entry(official, "lmm", "config")
+        require(official, "proj_type", "enc_proj")
         for key, value in (("select_layer", -1), ("downsample_ratio", 0.5), ("ps_version", "v2")):
-            _require(lmm, key, value)
-        llm, vision = (_get(lmm, part, "lmm") for part in ("llm_config", "vision_config"))
+            require(lmm, key, value)
+        llm, vision = (entry(lmm, part, "lmm") for part in ("llm_config", "vision_config"))
         for key, value in (("tie_word_embeddings", False), ("hidden_act", "silu")):
-            _require(llm, key, value)
+            require(llm, key, value)
         for key, value in (("qkv_bias", True), ("qk_normalization", False), ("norm_type", "layer_norm")):
-            _require(vision, key, value)
+            require(vision, key, value)
         special = official.get("special", {})
         names = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
         return cls(
-            llm=LLMConfig(**_pick(LLMConfig, llm, "llm_config")),
-            vision=VisionConfig(**{**_pick(VisionConfig, vision, "vision_config"), "drop_path_rate": 0.0}),
+            llm=LLMConfig(**pick(LLMConfig, llm, "llm_config")),
+            vision=VisionConfig(**{**pick(VisionConfig, vision, "vision_config"), "drop_path_rate": 0.0}),
             connector=ConnectorConfig(
-                **_pick(ConnectorConfig, _get(official, "connector", "config"), "connector")
+                **pick(ConnectorConfig, entry(official, "connector", "config"), "connector")
             ),
-            sana=SanaConfig(**_pick(SanaConfig, _get(official, "transformer", "config"), "transformer")),
-            autoencoder=autoencoder_from_official(_get(official, "vae", "config")),
-            num_queries=_get(official, "num_queries", "config"),
+            sana=SanaConfig(**pick(SanaConfig, entry(official, "transformer", "config"), "transformer")),
+            autoencoder=autoencoder_from_official(entry(official, "vae", "config")),
+            num_queries=entry(official, "num_queries", "config"),
             special=SpecialTokens(*(special[name] for name in names)) if special else SpecialTokens(),
         )
 
@@ -248,8 +248,8 @@ class OpenUniConfig:
 def autoencoder_from_official(official: Mapping[str, Any]) -> AutoencoderConfig:
     """Read the autoencoder's `config.json`. Raises CheckpointError as `OpenUniConfig.from_official`."""
     for key, value in (("upsample_block_type", "interpolate"), ("downsample_block_type", "Conv")):
-        _require(official, key, value)
-    return AutoencoderConfig(**_frozen(_pick(AutoencoderConfig, official, "vae")))
+        require(official, key, value)
+    return AutoencoderConfig(**_frozen(pick(AutoencoderConfig, official, "vae")))
 
 
 def _frozen(value: Any) -> Any:
@@ -257,24 +257,6 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _frozen(entry) for key, entry in value.items()}
     return tuple(_frozen(entry) for entry in value) if isinstance(value, list) else value
-
-
-def _get(official: Mapping[str, Any], key: str, where: str) -> Any:
-    if key not in official:
-        raise CheckpointError(f"{where}: key {key!r} is missing; use the configuration files of the release")
-    return official[key]
-
-
-def _pick(cls: type, official: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The entries that a config class has fields for; all of them must be there."""
-    return {name: _get(official, name, where) for name in cls.__dataclass_fields__}  # type: ignore[attr-defined]
-
-
-def _require(official: Mapping[str, Any], key: str, value: Any) -> None:
-    if official.get(key, value) != value:
-        raise CheckpointError(
-            f"config: {key}={official[key]!r} is not supported; every release has {value!r}"
-        )
 
 
 _LLM_1B = LLMConfig(896, 4864, 24, 14, 2)

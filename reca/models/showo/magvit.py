@@ -9,94 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reca.layers.autoencoder import Level, Middle, group_norm
 from reca.models.showo.config import MagvitConfig
-
-_GROUPS = 32
-
-
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(_GROUPS, channels, eps=1e-6)
-
-
-class ResidualBlock(nn.Module):
-    """x + conv(swish(norm(conv(swish(norm(x)))))); a 1 x 1 convolution carries x where channels change."""
-
-    def __init__(self, channels: int, out: int) -> None:
-        super().__init__()
-        self.norm1 = _norm(channels)
-        self.conv1 = nn.Conv2d(channels, out, 3, padding=1)
-        self.norm2 = _norm(out)
-        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
-        if channels != out:
-            self.nin_shortcut = nn.Conv2d(channels, out, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, channels, height, width] -> [batch, out, height, width]."""
-        hidden = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        output: Tensor = hidden + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
-        return output
-
-
-class PositionAttention(nn.Module):
-    """One head over all positions of a picture."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = _norm(channels)
-        for name in ("q", "k", "v", "proj_out"):
-            setattr(self, name, nn.Conv2d(channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[batch, channels, height, width], the same shape out."""
-        normed = self.norm(x)
-        query, key, value = (
-            self.get_submodule(name)(normed).flatten(2).transpose(1, 2) for name in ("q", "k", "v")
-        )
-        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(x.shape)
-        output: Tensor = x + self.get_submodule("proj_out")(attended)
-        return output
-
-
-class _Middle(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.block_1 = ResidualBlock(channels, channels)
-        self.attn_1 = PositionAttention(channels)
-        self.block_2 = ResidualBlock(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.block_2(self.attn_1(self.block_1(x)))
-        return output
-
-
-class _Resize(nn.Module):
-    """Halve (zero padding at the right and the bottom, stride 2) or double (nearest) both sides."""
-
-    def __init__(self, channels: int, *, halves: bool) -> None:
-        super().__init__()
-        self.halves = halves
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if halves else 1, padding=0 if halves else 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 1, 0, 1)) if self.halves else F.interpolate(x, scale_factor=2.0, mode="nearest")
-        output: Tensor = self.conv(x)
-        return output
-
-
-class _Level(nn.Module):
-    def __init__(self, channels: int, out: int, num_blocks: int, resize: str | None) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(
-            ResidualBlock(out if index else channels, out) for index in range(num_blocks)
-        )
-        self.resize = resize
-        if resize is not None:
-            setattr(self, resize, _Resize(out, halves=resize == "downsample"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        return x if self.resize is None else self.get_submodule(self.resize)(x)
 
 
 class Encoder(nn.Module):
@@ -107,13 +21,16 @@ class Encoder(nn.Module):
         widths, last = config.encoder_channels, len(config.encoder_channels) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
         self.down = nn.ModuleList(
-            _Level(
-                widths[max(i - 1, 0)], widths[i], config.encoder_blocks[i], "downsample" if i < last else None
+            Level(
+                widths[max(i - 1, 0)],
+                widths[i],
+                config.encoder_blocks[i],
+                resize="downsample" if i < last else None,
             )
             for i in range(len(widths))
         )
-        self.mid = _Middle(widths[-1])
-        self.norm_out = _norm(widths[-1])
+        self.mid = Middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.bits, 3, padding=1)
         self.quant_conv = nn.Conv2d(config.bits, config.bits, 1)
 
@@ -134,12 +51,17 @@ class Decoder(nn.Module):
         widths, last = config.decoder_channels, len(config.decoder_channels) - 1
         self.post_quant_conv = nn.Conv2d(config.bits, config.bits, 1)
         self.conv_in = nn.Conv2d(config.bits, widths[-1], 3, padding=1)
-        self.mid = _Middle(widths[-1])
+        self.mid = Middle(widths[-1])
         self.up = nn.ModuleList(
-            _Level(widths[min(i + 1, last)], widths[i], config.decoder_blocks[i], "upsample" if i else None)
+            Level(
+                widths[min(i + 1, last)],
+                widths[i],
+                config.decoder_blocks[i],
+                resize="upsample" if i else None,
+            )
             for i in range(len(widths))
         )
-        self.norm_out = _norm(widths[0])
+        self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, quantized: Tensor) -> Tensor:
