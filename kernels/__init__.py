@@ -8,31 +8,59 @@ if __name__ != "reca.kernels":
         "write `import reca.kernels`, or leave the repository root if another package was meant"
     )
 
+from reca.kernels._dropout import PhiloxDropout as PhiloxDropout
 from reca.kernels._library import Impl as Impl
+from reca.kernels._library import can_run_fused as can_run_fused
+from reca.kernels._library import interpreted_kernels as interpreted_kernels
+from reca.kernels._library import runs_fused as runs_fused
+from reca.kernels._library import triton_interprets as triton_interprets
 from reca.kernels._philox import PhiloxNoise as PhiloxNoise
 from reca.kernels.adaln_modulation.op import gate_residual as gate_residual
 from reca.kernels.adaln_modulation.op import layer_norm_modulate as layer_norm_modulate
 from reca.kernels.adamw.op import adamw_ as adamw_
 from reca.kernels.adamw.reference import join_master as join_master
 from reca.kernels.adamw.reference import split_master as split_master
+from reca.kernels.depthwise_glu.op import depthwise_glu as depthwise_glu
+from reca.kernels.diffusion_loss.op import diffusion_loss as diffusion_loss
+from reca.kernels.diffusion_loss.op import diffusion_noise as diffusion_noise
+from reca.kernels.dropout.op import dropout as dropout
+from reca.kernels.dropout_attention.op import dropout_attention as dropout_attention
+from reca.kernels.embedding_projection.op import embedding_projection as embedding_projection
 from reca.kernels.flow_head.op import flow_head as flow_head
 from reca.kernels.flow_input.op import flow_input as flow_input
 from reca.kernels.flow_matching_loss.op import flow_matching_loss as flow_matching_loss
 from reca.kernels.gated_mlp.op import gated_mlp as gated_mlp
 from reca.kernels.gated_mlp.op import swiglu as swiglu
+from reca.kernels.gelu_mlp.op import bias_gelu as bias_gelu
+from reca.kernels.gelu_mlp.op import gelu_mlp as gelu_mlp
+from reca.kernels.linear_attention.op import linear_attention as linear_attention
 from reca.kernels.masked_token_loss.op import masked_token_loss as masked_token_loss
 from reca.kernels.qk_norm_rope.op import qk_norm_rope as qk_norm_rope
 from reca.kernels.rms_norm.op import add_rms_norm as add_rms_norm
 from reca.kernels.rms_norm.op import rms_norm as rms_norm
+from reca.kernels.skinny_linear.op import skinny_linear as skinny_linear
+from reca.kernels.skinny_linear.reference import Fp8Weight as Fp8Weight
+from reca.kernels.skinny_linear.reference import Nf4Weight as Nf4Weight
+from reca.kernels.skinny_linear.reference import dequantize_nf4 as dequantize_nf4
+from reca.kernels.skinny_linear.reference import quantize_fp8 as quantize_fp8
+from reca.kernels.skinny_linear.reference import quantize_nf4 as quantize_nf4
 
 OPERATORS = (
     "adaln_modulation",
     "adamw",
+    "depthwise_glu",
+    "diffusion_loss",
+    "embedding_projection",
+    "dropout",
+    "dropout_attention",
     "flow_head",
     "flow_input",
     "flow_matching_loss",
     "gated_mlp",
+    "gelu_mlp",
+    "linear_attention",
     "masked_token_loss",
     "qk_norm_rope",
     "rms_norm",
+    "skinny_linear",
 )

@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from reca.kernels._library import Impl
+from reca.kernels._library import Impl, can_run_fused
 
 MAX_WIDTH = 32768
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -66,7 +66,7 @@ def check_impl(operator: str, impl: Impl, tensor: Tensor) -> None:
     """ValueError for an unknown `impl`, and for "fused" where no kernel can run or the dtype has none."""
     if impl not in get_args(Impl):
         raise ValueError(f"{operator}: impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
-    if impl == "fused" and tensor.device.type != "cuda":
+    if impl == "fused" and not can_run_fused(tensor.device):
         raise ValueError(
             f"{operator}: impl='fused' needs CUDA tensors, got {tensor.device.type}; "
             "use impl='auto' or move them"

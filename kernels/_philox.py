@@ -90,14 +90,19 @@ def philox(key: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Words:
     return c0, c1, c2, c3
 
 
-def rounding_words(key: int, step: Tensor, offset: int, count: int) -> Tensor:
-    """[count] int64: 16 random bits per element; element p takes word p % 4 of counter (p // 4, step, 0).
+def element_words(key: int, step: Tensor, offset: int, count: int) -> Tensor:
+    """[count] int64: one uint32 per element; element p takes word p % 4 of counter (p // 4, step, 0).
 
     The first and third counter are the low and high half of p // 4, p counts from `offset`, a multiple of 4.
     """
     blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=step.device) + offset // 4
     words = philox(key, blocks & _WORD, step.expand_as(blocks), blocks >> 32, torch.zeros_like(blocks))
-    return torch.stack(words, dim=-1).flatten()[:count] & 0xFFFF
+    return torch.stack(words, dim=-1).flatten()[:count]
+
+
+def rounding_words(key: int, step: Tensor, offset: int, count: int) -> Tensor:
+    """[count] int64: 16 random bits per element, the lower half of `element_words`."""
+    return element_words(key, step, offset, count) & 0xFFFF
 
 
 def _unit(word: Tensor) -> Tensor:

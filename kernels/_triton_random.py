@@ -14,12 +14,12 @@ def interleave_words(a, b, c, d):
 
 
 @triton.jit
-def rounding_words(key, step, first_block, BLOCKS: tl.constexpr):
-    """[4 * BLOCKS] int32: 16 random bits per element, from counter `first_block` (int64) on."""
+def element_words(key, step, first_block, BLOCKS: tl.constexpr):
+    """[4 * BLOCKS] int32: 32 random bits per element, from counter `first_block` (int64) on."""
     blocks = first_block + tl.arange(0, BLOCKS)
     low, high = (blocks & 0xFFFFFFFF).to(tl.uint32), (blocks >> 32).to(tl.uint32)
     words = tl.philox(key, low, step.to(tl.uint32) + low * 0, high, low * 0)
-    return (interleave_words(*words) & 0xFFFF).to(tl.int32)
+    return interleave_words(*words).to(tl.int32, bitcast=True)
 
 
 @triton.jit

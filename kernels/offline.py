@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from reca.kernels import offline_cases
 from reca.kernels._launch import Launch, record_launches
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
@@ -31,6 +32,7 @@ _TYPES = {
     torch.int64: "i64",
     torch.int32: "i32",
     torch.int16: "i16",
+    torch.uint8: "u8",
     torch.bool: "i1",
 }
 
@@ -85,6 +87,16 @@ def _adamw_rounded() -> None:
     _adamw(_meta(1 << 32), None, _meta(dtype=torch.int64))
 
 
+def _adamw_8bit() -> None:
+    from reca.kernels.adamw import kernel
+
+    count, scalar = 1 << 32, _meta(dtype=torch.float32)
+    codes, scales = _meta(count, dtype=torch.uint8), _meta(count // 256, dtype=torch.float32)
+    tensors = (_meta(count), codes, codes, None, scalar, scalar, scalar, _meta(dtype=torch.bool))
+    settings = (_meta(dtype=torch.int64), 0.9, 0.95, 1e-8, 0.02, 0.999, -(1 << 40), 1 << 32)
+    kernel.step_(_meta(count), None, *tensors, *settings, scales, scales)
+
+
 def _index(count: int) -> Tensor:
     return _meta(count, dtype=torch.int64)
 
@@ -117,6 +129,42 @@ def _adaln_modulation_plain() -> None:
     out, mean, rstd = kernel.forward(x, x, x, None, None, 1e-6)
     kernel.backward(out, x, x, None, None, mean, rstd, True, True, False)
     kernel.gate_backward(out, x, x, True, True)
+
+
+def _diffusion_loss() -> None:
+    from reca.kernels.diffusion_loss import kernel
+
+    rows, clean, table = 1 << 28, _meta(1 << 26, 16, dtype=torch.float32), _meta(1000, 8, dtype=torch.float32)
+    step = _meta(dtype=torch.int64)
+    drawn = (_index(rows), None, _index(8), _index(rows), step, 1 << 40)
+    kernel.noised(clean, _index(rows), table, *drawn, torch.bfloat16)
+    kernel.forward(_meta(rows, 32), clean, _index(rows), table, None, *drawn, True)
+
+
+def _dropout() -> None:
+    from reca.kernels.dropout import kernel
+
+    rows = _meta(1 << 22, 1280)
+    samples, step = _index(192), _meta(dtype=torch.int64)
+    kernel.forward(rows, rows, _meta(193, dtype=torch.int32), samples, step, 1 << 40, 0.1)
+
+
+def _dropout_attention(dim: int, lengths: list[int]) -> None:
+    from reca.kernels.dropout_attention import kernel
+
+    qkv = _meta(sum(lengths), 3, 16, dim)
+    samples, step = _index(len(lengths)), _meta(dtype=torch.int64)
+    places = (_meta(len(lengths) + 1, dtype=torch.int32), lengths, samples, step, 1 << 40, 0.1, 0.125)
+    out, lse = kernel.forward(qkv, *places)
+    kernel.backward(out, qkv, out, lse, *places)
+
+
+def _dropout_attention_80() -> None:
+    _dropout_attention(80, [1088] * 8)
+
+
+def _dropout_attention_ragged() -> None:
+    _dropout_attention(64, [201] * 8)
 
 
 def _flow_head() -> None:
@@ -153,6 +201,14 @@ def _rms_norm_narrow() -> None:
     kernel.backward(normed, None, rows, weight, rstd, True, True)
 
 
+def _rms_norm_experts() -> None:
+    from reca.kernels.rms_norm import kernel
+
+    rows, weight, experts = _meta(32768, 3584), _meta(2, 3584), _meta(32768, dtype=torch.int32)
+    summed, normed, rstd = kernel.forward(rows, rows, weight, 1e-6, experts)
+    kernel.backward(normed, summed, summed, weight, rstd, True, True, experts)
+
+
 def _gated_mlp() -> None:
     from reca.kernels.gated_mlp import kernel
 
@@ -183,22 +239,48 @@ def _qk_norm_rope_partial() -> None:
     kernel.backward(*kernel.forward(*inputs), *(*inputs, True, False))
 
 
+def _qk_norm_rope_experts() -> None:
+    from reca.kernels.qk_norm_rope import kernel
+
+    qkv, weight, angle = _meta(32768, 36 * 128), _meta(2, 128), _meta(32768, 64, dtype=torch.float32)
+    inputs: tuple[Any, ...] = (qkv, weight, weight, angle, angle, 28, 4, 1e-6)
+    experts, buffer, places = _meta(32768, dtype=torch.int32), _meta(65536, 4, 128), _index(32768)
+    outs = kernel.forward(*inputs, None, None, experts, True, (buffer, buffer, places))
+    kernel.backward(*outs, *inputs, True, True, None, None, experts, places)
+
+
+def _qk_norm_rope_layer_norm() -> None:
+    from reca.kernels.qk_norm_rope import kernel
+
+    qkv, weight, angle = _meta(8192, 96 * 64), _meta(64), _meta(8192, 16, dtype=torch.float32)
+    inputs: tuple[Any, ...] = (qkv, weight, weight, angle, angle, 32, 32, 1e-5)
+    kernel.backward(*kernel.forward(*inputs, weight, weight), *inputs, True, True, weight, weight)
+
+
 CASES: dict[str, Callable[[], None]] = {
     "adamw": _adamw_fp32,
     "adamw_split": _adamw_split,
     "adamw_rounded": _adamw_rounded,
+    "adamw_8bit": _adamw_8bit,
     "adaln_modulation": _adaln_modulation,
     "adaln_modulation_plain": _adaln_modulation_plain,
+    "diffusion_loss": _diffusion_loss,
+    "dropout": _dropout,
+    "dropout_attention_80": _dropout_attention_80,
+    "dropout_attention_ragged": _dropout_attention_ragged,
     "flow_head": _flow_head,
     "flow_input": _flow_input,
     "flow_matching_loss": _flow_matching_loss,
     "rms_norm": _rms_norm,
     "rms_norm_narrow": _rms_norm_narrow,
+    "rms_norm_experts": _rms_norm_experts,
     "gated_mlp": _gated_mlp,
     "masked_token_loss": _masked_token_loss,
     "qk_norm_rope": _qk_norm_rope,
     "qk_norm_rope_partial": _qk_norm_rope_partial,
-}
+    "qk_norm_rope_experts": _qk_norm_rope_experts,
+    "qk_norm_rope_layer_norm": _qk_norm_rope_layer_norm,
+} | offline_cases.CASES
 
 
 def launches(architecture: int) -> Iterator[tuple[str, Launch]]:

@@ -131,11 +131,12 @@ class _Modulate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_shift, need_scale, need_weight, need_bias, _ = ctx.needs_input_grad
-        weight, bias = ctx.saved_tensors[2:4]
+        saved = ctx.saved_tensors  # unpacked once: recomputation allows no second time
+        weight, bias = saved[2:4]
         needs = (need_x, need_scale, need_weight or need_bias)
         dx = d_scale = d_weight = d_bias = None
         if any(needs):
-            dx, d_scale, d_weight, d_bias = _backward(d_out, *ctx.saved_tensors, *needs)
+            dx, d_scale, d_weight, d_bias = _backward(d_out, *saved, *needs)
         return (
             dx if need_x else None,
             d_out if need_shift else None,

@@ -5,6 +5,8 @@ m <- m + (1 - beta1) (g - m)
 v <- beta2 v + (1 - beta2) g^2
 w <- (1 - lr weight_decay) w - lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)
 ema <- ema + (1 - ema_decay) (w - ema)
+
+Moments in 8 bits (`moments.py`) are decoded first and encoded last; in between |m| is held to bound sqrt(v).
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-from reca.kernels._philox import rounding_words
+from reca.kernels._philox import element_words
+from reca.kernels.adamw.moments import FIRST, SECOND, decode_moment, encode_moment, moment_bound
 
 _NAN_BITS = 0x7FC00000
 
@@ -58,23 +61,39 @@ def step_(
     ema_decay: float,
     key: int,
     offset: int,
+    exp_avg_scale: Tensor | None = None,
+    exp_avg_sq_scale: Tensor | None = None,
 ) -> None:
     """One update in place, or none at all where `skipped` is set."""
-    master = join_master(weight, low) if low is not None else weight.to(exp_avg.dtype)
-    g = gradient.to(exp_avg.dtype)
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    m, v = exp_avg, exp_avg_sq
+    if exp_avg_scale is not None and exp_avg_sq_scale is not None:
+        m, v = decode_moment(m, exp_avg_scale, FIRST), decode_moment(v, exp_avg_sq_scale, SECOND)
+    master = join_master(weight, low) if low is not None else weight.to(dtype)
+    g = gradient.to(dtype)
     if divisor is not None:
         g = g / divisor
     t = (updates + 1).to(torch.float64)
     correction1, correction2 = (-torch.expm1(t * math.log(beta)) if beta else 1.0 for beta in (beta1, beta2))
-    m = torch.lerp(exp_avg, g, 1 - beta1)
-    v = beta2 * exp_avg_sq + (1 - beta2) * g.square()
+    m = torch.lerp(m, g, 1 - beta1)
+    v = beta2 * v + (1 - beta2) * g.square()
+    if exp_avg_scale is not None:
+        limit = moment_bound(beta1, beta2) * v.sqrt()
+        m = torch.clamp(m, -limit, limit)
     master = master - lr * weight_decay * master
     master = master - (lr / correction1).to(m.dtype) * m / ((v / correction2).to(v.dtype).sqrt() + eps)
-    changed = [(exp_avg, m), (exp_avg_sq, v)]
+    words = None if step is None else element_words(key, step, offset, len(weight))
+    changed: list[tuple[Tensor, Tensor]] = []
+    if words is not None and exp_avg_scale is not None and exp_avg_sq_scale is not None:
+        # Both moments take the same bits: a quotient of two numbers that err alike errs less.
+        changed += zip((exp_avg, exp_avg_scale), encode_moment(m, words >> 16, FIRST), strict=True)
+        changed += zip((exp_avg_sq, exp_avg_sq_scale), encode_moment(v, words >> 16, SECOND), strict=True)
+    else:
+        changed += [(exp_avg, m), (exp_avg_sq, v)]
     if low is not None:
         changed += zip((weight, low), split_master(master), strict=True)
-    elif step is not None:
-        changed.append((weight, round_randomly(master, rounding_words(key, step, offset, len(weight)))))
+    elif words is not None and weight.dtype == torch.bfloat16:
+        changed.append((weight, round_randomly(master, words & 0xFFFF)))
     else:
         changed.append((weight, master))
     if ema is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from reca.kernels._checks import (
     FLOATS,
@@ -36,7 +37,7 @@ def _cpu(
     *arguments: Any,
 ) -> reference.Saved:
     *coordinates, eps = arguments
-    noise = given_or_drawn(*coordinates, images, clean.shape[1])
+    noise = given_or_drawn(*(*coordinates, images, clean.shape[1]))
     return reference.forward(hidden, scale, weight, bias, clean, noise, mask, eps)
 
 
@@ -80,6 +81,16 @@ _backward = define_op(
 )
 
 
+@register_flop_formula(torch.ops.reca.flow_head)
+def _forward_flops(hidden_shape: Any, scale_shape: Any, weight_shape: Any, *others: Any, **named: Any) -> int:
+    return int(2 * hidden_shape[0] * hidden_shape[1] * weight_shape[0])
+
+
+@register_flop_formula(torch.ops.reca.flow_head_backward)
+def _backward_flops(d_loss_shape: Any, *others: Any, **named: Any) -> int:
+    return _forward_flops(*others)
+
+
 class _FlowHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, scale: Tensor, weight: Tensor, bias: Any, *others: Any) -> Tensor:
@@ -93,7 +104,8 @@ class _FlowHead(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, scale, weight, d_prediction, rstd, mean = ctx.saved_tensors
         need_hidden, *needed = ctx.needs_input_grad[:4]
-        d_hidden, gradients = None, (None, None, None)
+        d_hidden: Tensor | None = None
+        gradients: tuple[Tensor | None, ...] = (None, None, None)
         if need_hidden:
             d_hidden = _backward(d_loss, hidden, scale, weight, d_prediction, rstd, mean)
         if any(needed):

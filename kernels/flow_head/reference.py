@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from reca.kernels._checks import compute_dtype
+from reca.kernels._library import without_autocast
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor]
 """(loss, d_prediction, rstd, mean)"""
 
 
+@without_autocast
 def forward(
     hidden: Tensor,
     scale: Tensor,

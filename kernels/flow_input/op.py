@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from reca.kernels._checks import (
     FLOATS,
@@ -41,7 +42,7 @@ def _noised(
 
 def _cpu(clean: Tensor, time: Tensor, images: Tensor, *arguments: Any) -> Tensor:
     *drawn, weight, bias, time_embedding, position, position_ids = arguments
-    noised = _noised(clean, time, images, *drawn, weight.dtype)
+    noised = _noised(*(clean, time, images, *drawn, weight.dtype))
     return reference.embed(noised, images, weight, bias, time_embedding, position, position_ids)
 
 
@@ -90,6 +91,12 @@ _features = define_op(
 )
 
 
+@register_flop_formula(torch.ops.reca.flow_input)
+def _flops(clean_shape: Any, *others: Any, **named: Any) -> int:
+    weight_shape = others[7]
+    return int(2 * clean_shape[0] * clean_shape[1] * weight_shape[0])
+
+
 class _FlowInput(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Any, time_embedding: Any, *others: Any) -> Tensor:
@@ -103,8 +110,9 @@ class _FlowInput(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_embedded: Tensor) -> tuple[Tensor | None, ...]:
-        dim, num_images = ctx.shape[1], ctx.saved_tensors[1].shape[0]
-        features = _features(*ctx.saved_tensors, ctx.key, d_embedded.dtype)
+        saved = ctx.saved_tensors  # unpacked once: recomputation allows no second time
+        dim, num_images = ctx.shape[1], saved[1].shape[0]
+        features = _features(*saved, ctx.key, d_embedded.dtype)
         with torch.autocast(d_embedded.device.type, enabled=False):
             # One product reads the large gradient once for all three.
             products = d_embedded.t() @ features  # [width, features]
@@ -130,7 +138,7 @@ def _check(clean: Tensor, noise: Tensor | PhiloxNoise, time: Tensor, images: Ten
     check_dtype(_NAME, "time", time, (torch.float32,))
     check_dtype(_NAME, "images", images, (torch.int64,))
     return {"clean": clean, "time": time, "images": images} | check_noise(
-        _NAME, noise, *clean.shape, time.shape[0]
+        _NAME, noise, clean.shape[0], clean.shape[1], time.shape[0]
     )
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from reca.kernels._checks import compute_dtype
 from reca.kernels._launch import ceil_div
+from reca.kernels._library import without_autocast
 
 _ALIGNMENT = 16
 
@@ -37,6 +38,7 @@ def noised(clean: Tensor, noise: Tensor, time: Tensor, images: Tensor, dtype: to
     return ((1 - t) * clean.to(wide) + t * noise.to(wide)).to(dtype)
 
 
+@without_autocast
 def embed(
     noised: Tensor,
     images: Tensor,

@@ -23,6 +23,6 @@ def backward(d_product: Tensor, gate_up: Tensor) -> Tensor:
     """d gate_up, [..., 2 * inner]."""
     dtype = compute_dtype(gate_up)
     gate, up = gate_up.to(dtype).chunk(2, dim=-1)
-    wide, sigmoid = d_product.to(dtype), torch.sigmoid(gate)
-    d_gate = wide * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return torch.cat([d_gate, wide * gate * sigmoid], dim=-1).to(gate_up.dtype)
+    wide = d_product.to(dtype)
+    d_gate = torch.ops.aten.silu_backward(wide * up, gate)
+    return torch.cat([d_gate, wide * F.silu(gate)], dim=-1).to(gate_up.dtype)

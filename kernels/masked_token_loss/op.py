@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from reca.kernels._checks import (
     check_dtype,
@@ -114,6 +115,21 @@ _forward = define_op(
     cuda=_cuda,
     fake=_fake,
 )
+
+
+@register_flop_formula(torch.ops.reca.masked_token_loss)
+def _flops(
+    hidden_shape: Any,
+    weight_shape: Any,
+    bias_shape: Any,
+    labels_shape: Any,
+    with_dhidden: bool,
+    with_dweight: bool,
+    *others: Any,
+    **named: Any,
+) -> int:
+    """The logits, and each gradient that is formed with them."""
+    return int(2 * hidden_shape[0] * hidden_shape[1] * weight_shape[0] * (1 + with_dhidden + with_dweight))
 
 
 class _MaskedTokenLoss(torch.autograd.Function):

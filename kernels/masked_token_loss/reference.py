@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reca.kernels._checks import compute_dtype
+from reca.kernels._library import without_autocast
 
 IGNORED = -100
 """The label of a row that does not count."""
@@ -25,6 +26,7 @@ def _losses(log_probs: Tensor, labels: Tensor) -> Tensor:
     return torch.where(labels == IGNORED, 0, torch.where(in_range, -picked, torch.nan))
 
 
+@without_autocast
 def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     """Scalar sum over the rows that count; differentiable by autograd."""
     logits = F.linear(hidden, weight, bias)

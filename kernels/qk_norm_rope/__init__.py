@@ -1,1 +1,1 @@
-"""Fused qkv rows to attention layout: per-head RMSNorm of query and key, rotary embedding, placement."""
+"""Fused qkv rows to attention layout: per-head norm of query and key, rotary embedding, placement."""

@@ -31,12 +31,8 @@ def test_every_operator_has_its_folder_its_table_and_a_function() -> None:
     assert set(reca.kernels.OPERATORS) == folders
     assert set(TABLE) == folders
     for name in reca.kernels.OPERATORS:
-        assert {path.name for path in (FOLDER / name).glob("*.py")} == {
-            "__init__.py",
-            "kernel.py",
-            "op.py",
-            "reference.py",
-        }
+        files = {path.name for path in (FOLDER / name).glob("*.py")}
+        assert files >= {"__init__.py", "kernel.py", "op.py", "reference.py"}
 
 
 def test_importing_the_kernels_needs_neither_triton_nor_a_device() -> None:

@@ -116,7 +116,7 @@ def test_the_reference_and_its_backward_are_those_of_the_plain_formulation(
     got_gradients = reference.backward(*case.d_outs, *case.tensors, *case.geometry)
     for got, want in zip(got_gradients, gradients, strict=False):
         torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
-    assert norm or got_gradients[1:] == (None, None)
+    assert norm or got_gradients[1:] == (None,) * 4
 
 
 def test_the_public_function_passes_gradcheck() -> None:
@@ -158,7 +158,8 @@ def test_a_gradient_that_is_not_needed_is_not_formed(
     case = Case(5, 2, 1, 6, 3, device=device)
     inputs = (*case.d_outs, *case.tensors, *case.geometry)
     full, got = backward(*inputs, True, True), backward(*inputs, with_dqkv, with_dweight)
-    for tensor, whole, wanted in zip(got, full, (with_dqkv, with_dweight, with_dweight), strict=True):
+    expected = (with_dqkv, with_dweight, with_dweight, False, False)
+    for tensor, whole, wanted in zip(got, full, expected, strict=True):
         assert torch.equal(tensor, whole) if wanted else tensor.numel() == 0
 
 
@@ -229,7 +230,13 @@ QKV, W, A = torch.zeros(3, 16), torch.ones(4), torch.ones(3, 2)
 @pytest.mark.parametrize(
     ("inputs", "options", "error", "message"),
     [
-        ((QKV, W, W, A, A), {"heads": 0}, ValueError, r"heads and kv_heads must be positive, got 0 and 1"),
+        ((QKV, W, W, A, A), {"heads": -1}, ValueError, r"heads and kv_heads must not be .*got -1 and 1"),
+        (
+            (QKV, W, W, A, A),
+            {"heads": 0, "kv_heads": 0},
+            ValueError,
+            r"heads and kv_heads must not be negative, nor both 0, got 0 and 0",
+        ),
         (
             (QKV[0], W, W, A, A),
             {},
@@ -248,7 +255,7 @@ QKV, W, A = torch.zeros(3, 16), torch.ones(4), torch.ones(3, 2)
             (QKV, W, W[:3], A, A),
             {},
             ValueError,
-            r"key_weight must be \[4\], got \[3\]; one scale per dimension",
+            r"key_weight must be \[4\], got \[3\]; one value per dimension",
         ),
         ((QKV, W.int(), W, A, A), {}, TypeError, r"query_weight must be one of bfloat16.*, got int32"),
         ((QKV, W, W.to("meta"), A, A), {}, ValueError, r"key_weight must be on cpu like qkv, got meta"),

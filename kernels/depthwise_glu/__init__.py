@@ -1,0 +1,1 @@
+"""Depthwise 3x3 convolution and gated linear unit, with the SiLU before them."""

@@ -1,0 +1,1 @@
+"""Attention with relu features, linear in the number of tokens."""

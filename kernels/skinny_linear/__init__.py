@@ -1,0 +1,1 @@
+"""A few rows through large frozen weights, plain or quantised."""

@@ -1,0 +1,121 @@
+"""Kernels that one microbatch would launch on a GPU, counted under fake tensors at full size; a ceiling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from reca.kernels import Impl
+from reca.kernels._launch import record_launches
+from reca.kernels._library import LAUNCHERS
+from reca.layers import attention
+from reca.layers.implementation import set_kernels
+from reca.models import get_variant
+from reca.models.bagel.batch import BagelExample
+from reca.models.bagel.batch import collate as collate_bagel
+from reca.models.bagel.model import BagelModel
+from reca.models.showo.batch import MaskedExample, collate_masked
+from reca.models.showo.model import ShowoModel
+from reca.profiling import launches
+from reca.profiling.launches import LaunchCounter
+from reca.randomness import RandomSource
+from reca.types import Batch, _map_tensors
+
+Case = tuple[Callable[[], nn.Module], Batch]
+
+
+def bagel_7b() -> Case:
+    """One image of 1024 x 1024 with an instruction of 24 tokens, its latents given."""
+    config = get_variant("bagel/7b-mot")[1].config
+    latents, ids = torch.zeros(32, 128, 128), (7,) * 24
+    one = BagelExample(torch.zeros(256, 588), (16, 16), ids, latents, (64, 64), "moments")
+    return lambda: BagelModel(config), collate_bagel(config, [one], [0])
+
+
+def showo_clip_512() -> Case:
+    """One sample with 652 of 1024 codes masked, its codes given, its pixels seen by the vision tower."""
+    config = get_variant("showo/clip-512")[1].config
+    pixels = torch.zeros(3, config.resolution, config.resolution)
+    codes = torch.zeros(config.num_codes, dtype=torch.int64)
+    one = MaskedExample(
+        text=(7,) * 30,
+        pixels=pixels,
+        num_masked=652,
+        is_reconstruction=True,
+        num_tokens=0,
+        codes=codes,
+        given=None,
+    )
+    return lambda: ShowoModel(config), collate_masked(config, [one], [0])
+
+
+def count(case: Case, kernels: Impl) -> LaunchCounter:
+    """Forward and backward of a microbatch: frozen weights in bf16, masters and their gradients in fp32."""
+    build, real = case
+    with FakeTensorMode() as mode:
+        model: Any = build()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        set_kernels(model, kernels)
+        batch = _map_tensors(real, mode.from_tensor)
+        draws = model.draw(batch, RandomSource(0, 1))
+        with LaunchCounter() as counter:
+            with torch.autocast("cpu", torch.bfloat16):
+                (loss,) = model(batch, draws).values()
+            loss.backward()
+    return counter
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention as a GPU runs it, one launch whatever the lengths."""
+    monkeypatch.setattr(attention, "choose_backend", lambda *ask: "varlen")
+
+
+# Measured before the operators were wired in: 6,815 and 3,504.
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_gpu")
+@pytest.mark.parametrize(("case", "ceiling"), [(bagel_7b, 2_350), (showo_clip_512, 2_400)])
+def test_a_microbatch_launches_no_more_kernels_than_this(case: Callable[[], Case], ceiling: int) -> None:
+    plain, wired = (count(case(), impl).kernels for impl in ("reference", "auto"))
+    print(f"{case.__name__}: {plain} kernels in plain torch, {wired} with operators")
+    assert wired <= ceiling
+    assert wired < plain / 2
+
+
+def meta(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("on_gpu")
+def test_an_operator_is_counted_as_the_kernels_that_its_launcher_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: dict[str, tuple[Any, ...]] = {}
+    counted = LaunchCounter._count
+
+    def keep(self: LaunchCounter, func: Any, args: tuple[Any, ...], *others: Any) -> None:
+        if func.namespace == "reca":
+            calls[func._schema.name] = args
+        counted(self, func, args, *others)
+
+    monkeypatch.setattr(LaunchCounter, "_count", keep)
+    count(bagel_7b(), "auto")
+    monkeypatch.setattr(LaunchCounter, "_count", counted)
+    assert {"reca::rms_norm", "reca::qk_norm_rope_backward", "reca::flow_head"} <= calls.keys()
+    for name, args in calls.items():
+        with record_launches(90) as recording, LaunchCounter() as around:
+            LAUNCHERS[name.removeprefix("reca::")](*[meta(value) for value in args])
+        started = len(recording.launches) + around.kernels
+        assert launches._KERNELS.get(name, 1) == started, name
