@@ -21,6 +21,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reca.benchmarks.environment import cpu_name
+
 if TYPE_CHECKING:
     from reca.models.bagel.config import BagelConfig
 
@@ -104,14 +106,8 @@ def measure(megabytes: int) -> dict[str, Any]:
         **json.loads(output),
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in ("reca", "torch", "safetensors")},
-        "machine": f"{_cpu_name()}, {os.cpu_count()} CPUs, {platform.system()}",
+        "machine": f"{cpu_name()}, {os.cpu_count()} CPUs, {platform.system()}",
     }
-
-
-def _cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def main() -> None:

@@ -1,0 +1,16 @@
+"""Every operator at the shapes of real steps. A new operator adds its cases to one of these modules."""
+
+from __future__ import annotations
+
+from reca.benchmarks.cases import diffusion, losses, mlps, norms, optimizer, sana, skinny
+from reca.benchmarks.cases.case import Case as Case
+
+CASES: tuple[Case, ...] = (
+    *norms.CASES,
+    *losses.CASES,
+    *mlps.CASES,
+    *diffusion.CASES,
+    *sana.CASES,
+    *skinny.CASES,
+    *optimizer.CASES,
+)

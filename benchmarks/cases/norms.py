@@ -1,0 +1,247 @@
+"""Norms and what stands around them: residual adds, modulation, rotary embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reca.benchmarks.cases.case import Case, Inputs, Maker, Output, Provider, Shape
+from reca.kernels import Impl, add_rms_norm, gate_residual, layer_norm_modulate, qk_norm_rope, rms_norm
+
+_EPS = 1e-6
+
+
+def _rms(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (weight.to(wide) * wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + _EPS)).to(x.dtype)
+
+
+def _rows(make: Maker) -> Inputs:
+    rows, dim = make.shape["rows"], make.shape["dim"]
+    return {"x": make.normal(rows, dim), "residual": make.normal(rows, dim), "weight": make.normal(dim)}
+
+
+def _one_row_set(make: Maker) -> Inputs:
+    return {name: value for name, value in _rows(make).items() if name != "residual"}
+
+
+def _liger_rms() -> Provider:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # type: ignore[import-not-found]
+
+    return lambda i: LigerRMSNormFunction.apply(i["x"], i["weight"], _EPS, 0.0, "llama", False)
+
+
+def _torch_rms() -> Provider:
+    return lambda i: F.rms_norm(i["x"], (i["x"].shape[-1],), i["weight"], _EPS)
+
+
+def _liger_add_rms() -> Provider:
+    from liger_kernel.ops.fused_add_rms_norm import (  # type: ignore[import-not-found]
+        LigerFusedAddRMSNormFunction,
+    )
+
+    def provider(i: Inputs) -> Output:
+        normed, summed = LigerFusedAddRMSNormFunction.apply(
+            i["x"], i["residual"], i["weight"], _EPS, 0.0, "llama", False
+        )
+        return normed, summed
+
+    return provider
+
+
+def _add_rms_plain(i: Inputs) -> Output:
+    summed = i["x"] + i["residual"]
+    return _rms(summed, i["weight"]), summed
+
+
+def _tables(make: Maker) -> Inputs:
+    s = make.shape
+    heads = s["heads"] + 2 * s["kv_heads"]
+    angles = make.normal(s["rows"], s["dim"] // 2, dtype=torch.float32)
+    return {
+        "qkv": make.normal(s["rows"], heads * s["dim"]),
+        "query_weight": make.normal(s["dim"]),
+        "key_weight": make.normal(s["dim"]),
+        "cos": angles.cos(),
+        "sin": angles.sin(),
+        "heads": s["heads"],
+        "kv_heads": s["kv_heads"],
+    }
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos.to(x.dtype)[:, None], sin.to(x.dtype)[:, None]
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def _qk_plain(i: Inputs) -> Output:
+    heads, kv_heads = i["heads"], i["kv_heads"]
+    split = i["qkv"].unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=1)
+    query = _rotate(_rms(split[0], i["query_weight"]), i["cos"], i["sin"])
+    key = _rotate(_rms(split[1], i["key_weight"]), i["cos"], i["sin"])
+    return query, key, split[2].contiguous()
+
+
+def _qk_ours(i: Inputs, impl: Impl) -> Output:
+    return qk_norm_rope(
+        i["qkv"],
+        i["query_weight"],
+        i["key_weight"],
+        i["cos"],
+        i["sin"],
+        heads=i["heads"],
+        kv_heads=i["kv_heads"],
+        eps=_EPS,
+        impl=impl,
+    )
+
+
+def _partial(make: Maker) -> Inputs:
+    s = make.shape
+    angles = make.normal(s["rows"], s["rotated"] // 2, dtype=torch.float32)
+    biases = {f"{name}_bias": make.normal(s["dim"]) for name in ("query", "key")}
+    return {**_tables(make), **biases, "cos": angles.cos(), "sin": angles.sin()}
+
+
+def _partial_ours(i: Inputs, impl: Impl) -> Output:
+    tensors = (i[name] for name in ("qkv", "query_weight", "key_weight", "cos", "sin"))
+    return qk_norm_rope(
+        *tensors,
+        heads=i["heads"],
+        kv_heads=i["kv_heads"],
+        eps=_EPS,
+        query_bias=i["query_bias"],
+        key_bias=i["key_bias"],
+        impl=impl,
+    )
+
+
+def _partial_plain(i: Inputs) -> Output:
+    heads, rotated = i["heads"], 2 * i["cos"].shape[1]
+    query, key, value = i["qkv"].unflatten(-1, (3, heads, -1)).unbind(dim=1)
+    turned = []
+    for x, name in ((query, "query"), (key, "key")):
+        normed = F.layer_norm(x, x.shape[-1:], i[f"{name}_weight"], i[f"{name}_bias"], _EPS)
+        first, rest = normed[..., :rotated], normed[..., rotated:]
+        turned.append(torch.cat([_rotate(first, i["cos"], i["sin"]), rest], dim=-1))
+    return turned[0], turned[1], value.contiguous()
+
+
+def _qk_moved(s: Shape, itemsize: int) -> tuple[int, int]:
+    row = (s["heads"] + 2 * s["kv_heads"]) * s["dim"] * itemsize
+    angles = s["dim"] * 4
+    return s["rows"] * (2 * row + angles), s["rows"] * (3 * row + angles)
+
+
+def _modulated(make: Maker) -> Inputs:
+    rows, dim = make.shape["rows"], make.shape["dim"]
+    return {name: make.normal(rows, dim) for name in ("x", "shift", "scale")}
+
+
+def _modulate_plain(i: Inputs) -> Output:
+    normed = F.layer_norm(i["x"], i["x"].shape[-1:], None, None, _EPS)
+    return normed * (1 + i["scale"]) + i["shift"]
+
+
+def _liger_modulate() -> Provider:
+    from liger_kernel.ops.modulated_layer_norm import (  # type: ignore[import-not-found]
+        LigerModulatedLayerNormFunction,
+    )
+
+    return lambda i: LigerModulatedLayerNormFunction.apply(i["x"], i["scale"], i["shift"], _EPS)
+
+
+def _gated(make: Maker) -> Inputs:
+    rows, dim = make.shape["rows"], make.shape["dim"]
+    return {name: make.normal(rows, dim) for name in ("x", "gate", "residual")}
+
+
+def _element_wise(reads: int, writes: int, reads_back: int, writes_back: int) -> Any:
+    """Bytes of an operator over [rows, dim] operands."""
+
+    def moved(s: Shape, itemsize: int) -> tuple[int, int]:
+        size = s["rows"] * s["dim"] * itemsize
+        return (reads + writes) * size, (reads_back + writes_back) * size
+
+    return moved
+
+
+_BAGEL = {"rows": 32_768, "dim": 3584}
+_SMALL = {"rows": 256, "dim": 384}
+_HEAD = {"rows": 40_960, "dim": 1536}
+
+CASES = (
+    Case(
+        operator="rms_norm",
+        name="bagel latents, input norm",
+        full=_BAGEL,
+        small=_SMALL,
+        make=_one_row_set,
+        ours=lambda i, impl: rms_norm(i["x"], i["weight"], eps=_EPS, impl=impl),
+        plain=lambda i: _rms(i["x"], i["weight"]),
+        moved=_element_wise(1, 1, 2, 1),
+        gradients=("x", "weight"),
+        rivals={"liger": _liger_rms, "torch fused": _torch_rms},
+    ),
+    Case(
+        operator="rms_norm",
+        name="bagel latents, residual add and norm",
+        full=_BAGEL,
+        small=_SMALL,
+        make=_rows,
+        ours=lambda i, impl: add_rms_norm(i["x"], i["residual"], i["weight"], eps=_EPS, impl=impl),
+        plain=_add_rms_plain,
+        moved=_element_wise(2, 2, 3, 1),
+        gradients=("x", "residual", "weight"),
+        rivals={"liger": _liger_add_rms},
+    ),
+    Case(
+        operator="qk_norm_rope",
+        name="bagel latents, 28 query and 4 key heads",
+        full={"rows": 32_768, "heads": 28, "kv_heads": 4, "dim": 128},
+        small={"rows": 256, "heads": 4, "kv_heads": 2, "dim": 64},
+        make=_tables,
+        ours=_qk_ours,
+        plain=_qk_plain,
+        moved=_qk_moved,
+        gradients=("qkv", "query_weight", "key_weight"),
+    ),
+    Case(
+        operator="qk_norm_rope",
+        name="show-o trunk, LayerNorm and partial rotation",
+        full={"rows": 8192, "heads": 32, "kv_heads": 32, "dim": 64, "rotated": 32},
+        small={"rows": 128, "heads": 4, "kv_heads": 4, "dim": 16, "rotated": 8},
+        make=_partial,
+        ours=_partial_ours,
+        plain=_partial_plain,
+        moved=_qk_moved,
+        gradients=("qkv", "query_weight", "key_weight", "query_bias", "key_bias"),
+    ),
+    Case(
+        operator="adaln_modulation",
+        name="harmon-1.5b diffusion head, norm and modulation",
+        full=_HEAD,
+        small=_SMALL,
+        make=_modulated,
+        ours=lambda i, impl: layer_norm_modulate(i["x"], i["shift"], i["scale"], eps=_EPS, impl=impl),
+        plain=_modulate_plain,
+        moved=_element_wise(3, 1, 3, 3),
+        gradients=("x", "shift", "scale"),
+        rivals={"liger": _liger_modulate},
+    ),
+    Case(
+        operator="adaln_modulation",
+        name="harmon-1.5b diffusion head, gate and residual",
+        full=_HEAD,
+        small=_SMALL,
+        make=_gated,
+        ours=lambda i, impl: gate_residual(i["x"], i["gate"], i["residual"], impl=impl),
+        plain=lambda i: i["residual"] + i["gate"] * i["x"],
+        moved=_element_wise(3, 1, 3, 2),
+        gradients=("x", "gate", "residual"),
+    ),
+)
