@@ -7,12 +7,25 @@ of the user's is one or two lines and an exit code of `reca.errors`; `--debug`, 
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+
+from reca.commands.groups import bench_app, data_app
+from reca.commands.options import (
+    Device,
+    ImageGuidance,
+    Json,
+    Model,
+    Out,
+    Seed,
+    Source,
+    Steps,
+    TextGuidance,
+    print_json,
+)
 
 app = typer.Typer(
     name="reca",
@@ -23,33 +36,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     epilog="Try it now: `reca train quickstart`. Add `--debug` to any command to see a traceback.",
 )
-data_app = typer.Typer(help="Look at a data set before training on it.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")
-]
-Source = Annotated[
-    str, typer.Argument(metavar="WEIGHTS_OR_RUN", help="Folder of official weights, or a run folder.")
-]
-Model = Annotated[
-    str | None,
-    typer.Option("--model", help="family/variant of a weights folder; a run folder knows its own."),
-]
-Out = Annotated[Path, typer.Option("--out", help="Folder for the PNG files and the contact sheet.")]
-Steps = Annotated[int | None, typer.Option("--steps", min=2, help="Points of the sampler's time grid.")]
-TextGuidance = Annotated[
-    float | None, typer.Option("--text-guidance", min=1, help="Text guidance scale; 1 is off.")
-]
-ImageGuidance = Annotated[
-    float | None, typer.Option("--image-guidance", min=1, help="Image guidance scale; 1 is off.")
-]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the starting noise.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-
-
-def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2))
+app.add_typer(bench_app, name="bench")
 
 
 @app.command(
@@ -88,7 +76,32 @@ def train(
         quiet=quiet or as_json,
     )
     if as_json:
-        _print_json(summary)
+        print_json(summary)
+
+
+@app.command(epilog="Example: `reca plan bagel-7b --gpu h200`, or `reca plan showo-clip-512 --gpu l40s`")
+def plan(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe's name, or a YAML file with `extends: NAME`.")
+    ],
+    gpu: Annotated[
+        str,
+        typer.Option("--gpu", help="rtx-3090 rtx-4090 rtx-5090 a6000 l40s a100-40 a100-80 h100 h200 b200."),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides.")
+    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many; one is supported so far.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """What a recipe needs of a GPU: memory part by part, FLOPs, PREDICTED time. Needs no GPU, no weights."""
+    from reca.commands import plan as command
+
+    result = command.plan_recipe(recipe, overrides or [], gpu=gpu, gpus=gpus)
+    if as_json:
+        print_json(command.record(result))
+    else:
+        command.render(result)
 
 
 @app.command(epilog='Example: `reca sample runs/quickstart --prompt "a red bicycle" --out pictures`')
@@ -168,10 +181,34 @@ def edit(
 
 def _finish(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         for path in [*result["images"], result["sheet"]]:
             typer.echo(path)
+
+
+@app.command(epilog="Example: `reca export runs/bagel-7b --out BAGEL-7B-RecA --verify`")
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; it must not exist yet.")],
+    to: Annotated[str, typer.Option("--to", help="Format; `official` is that of the release.")] = "official",
+    ema: Annotated[
+        bool, typer.Option("--ema", help="The average of the weights, if the run kept one.")
+    ] = False,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Reload in a fresh process; compare every tensor and a forward pass."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a run's newest weights as the files that others load, whole or not at all."""
+    from reca.commands.export import export_run, render_export
+
+    result = export_run(run, out, to=to, average=ema, verify=verify)
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(render_export(result))
 
 
 @app.command(epilog="Example: `reca verify tests/data/parity/bagel/*`")
@@ -179,14 +216,18 @@ def verify(
     packs: Annotated[
         list[Path], typer.Argument(metavar="PACK...", help="Pack folders, or folders that hold packs.")
     ],
+    kernels: Annotated[
+        Literal["auto", "fused", "reference"],
+        typer.Option(help="Operators that reproduce them; fused needs TRITON_INTERPRET=1."),
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
     """Run parity packs: loss, named activations and every gradient against the official code's tensors."""
     from reca.commands import verify as command
 
-    results = command.verify(packs)
+    results = command.verify(packs, kernels)
     if as_json:
-        _print_json(command.records(results))
+        print_json(command.records(results))
     else:
         typer.echo(command.render(results))
     raise typer.Exit(0 if all(result.passed for result in results) else 1)
@@ -205,13 +246,37 @@ def doctor(
 
     if compile_kernels:
         rows = command.compile_kernels()
-        _print_json(rows) if as_json else command.render_compiled(rows)
+        print_json(rows) if as_json else command.render_compiled(rows)
         return
     report = command.collect()
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
         command.render(report)
+
+
+@app.command(epilog="Example: `reca evaluate runs/world --suite world`, or `reca evaluate package:world`")
+def evaluate(
+    source: Source,
+    suite: Annotated[str, typer.Option("--suite", help="What to score with; `world` is exact.")] = "world",
+    model: Model = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", min=0, help="Seed of prompts and pictures; default the run's.")
+    ] = None,
+    prompts: Annotated[
+        int | None, typer.Option("--prompts", min=2, max=500, help="Prompts of each category.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Scores with standard errors, of a run or of weights."""
+    from reca.commands import evaluate as command
+
+    result = command.evaluate(source, suite, model=model, seed=seed, prompts=prompts, device=device)
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(command.render(result))
 
 
 @app.command(epilog="Example: `reca report runs/quickstart`")
@@ -224,47 +289,9 @@ def report(
 
     path = write_report(run)
     if as_json:
-        _print_json({"report": str(path)})
+        print_json({"report": str(path)})
     else:
         typer.echo(path)
-
-
-@data_app.command("check", epilog="Example: `reca data check photos --model bagel/7b-mot`")
-def data_check(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of images or of tars, or one tar.")],
-    model: Annotated[
-        str, typer.Option("--model", help="family/variant whose image sizes and tokens are estimated.")
-    ] = "bagel/7b-mot",
-    as_json: Json = False,
-) -> None:
-    """Decode everything, explain every reject, find exact duplicates, estimate tokens and steps."""
-    from reca.commands.data import check, render_check
-
-    result = check(path, model)
-    if as_json:
-        _print_json(result)
-    else:
-        render_check(result)
-
-
-@data_app.command("preview", epilog="Example: `reca data preview photos --out preview.png`")
-def data_preview(
-    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder of images or of tars, or one tar.")],
-    out: Annotated[Path, typer.Option("--out", help="PNG file to write.")] = Path("preview.png"),
-    model: Annotated[
-        str, typer.Option("--model", help="family/variant whose views are drawn.")
-    ] = "bagel/7b-mot",
-    images: Annotated[int, typer.Option("--images", min=1, max=64, help="Pictures to show.")] = 8,
-    as_json: Json = False,
-) -> None:
-    """Draw what the model will see: the understanding view beside the target view."""
-    from reca.commands.data import preview
-
-    result = preview(path, model, out, images)
-    if as_json:
-        _print_json(result)
-    else:
-        typer.echo(result["sheet"])
 
 
 @app.callback(invoke_without_command=True)

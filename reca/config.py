@@ -31,11 +31,12 @@ class StreamConfig(Section):
 
     Attributes:
         path: what to read; the kinds are those of the class that inherits.
-        images: most images of one optimizer step.
-        tokens: a step is closed once it holds this many sequence tokens; None closes by `images` alone.
-        max_tokens: a step never holds more than this many tokens.
+        images: most images of one pack.
+        tokens: a pack is closed once it holds this many sequence tokens; None closes by `images` alone.
+        max_tokens: a pack never holds more than this many tokens.
         max_sample_tokens: a longer sample is rejected and counted.
-        micro_images: images of one microbatch; None runs the step as one. Gradients do not depend on it.
+        packs: packs of one optimizer step, filled one after the other, as so many GPUs would fill theirs.
+        micro_images: images of one microbatch; None runs each pack as one. Gradients do not depend on it.
     """
 
     path: str | None = None
@@ -43,6 +44,7 @@ class StreamConfig(Section):
     tokens: Positive | None = None
     max_tokens: Positive = 36_864
     max_sample_tokens: Positive = 16_384
+    packs: Positive = 1
     micro_images: Positive | None = None
 
     @model_validator(mode="after")
@@ -65,7 +67,7 @@ class DataConfig(StreamConfig):
         prompts: file with one reconstruction instruction per line; None uses the templates that ship with
             reca.
         prompt_dropout: probability that a sample is trained without its instruction.
-        images, tokens, max_tokens, max_sample_tokens, micro_images: as in StreamConfig.
+        images, tokens, max_tokens, max_sample_tokens, packs, micro_images: as in StreamConfig.
         workers: loader processes of each stream; 0 decodes in the training process. The sample order does not
             depend on it.
         max_pixels: images with more pixels are rejected before they are decoded.
@@ -83,7 +85,7 @@ class ConversationConfig(StreamConfig):
     Attributes:
         path: JSON or JSONL file of entries {image, conversations: [{from: human|gpt, value}]}, as LLaVA's.
         root: folder that the entries' images lie below; None takes that of `path`. Nothing outside is read.
-        images, tokens, max_tokens, max_sample_tokens, micro_images: as in StreamConfig.
+        images, tokens, max_tokens, max_sample_tokens, packs, micro_images: as in StreamConfig.
     """
 
     root: Path | None = None
@@ -95,7 +97,7 @@ class CaptionConfig(StreamConfig):
     Attributes:
         path: folder of images (recursive), each with its caption in a .txt file of the same name beside it.
         dropout: probability that a sample is trained without its caption, for classifier-free guidance.
-        images, tokens, max_tokens, max_sample_tokens, micro_images: as in StreamConfig.
+        images, tokens, max_tokens, max_sample_tokens, packs, micro_images: as in StreamConfig.
     """
 
     dropout: Fraction = 0.1
@@ -152,6 +154,8 @@ class ComputeConfig(Section):
             fp32.
         recompute: recompute each of `model.blocks()` in the backward pass instead of storing its activations.
         attention: back end of `attention()`; `auto` chooses by capability, `reca doctor` explains the choice.
+        kernels: of the operators in `reca.kernels`: `fused` is Triton, `reference` plain torch that autograd
+            differentiates, `auto` takes the first on CUDA and explicit plain torch elsewhere.
         threads: CPU threads; None leaves torch's default. Bitwise resumption needs the same number.
     """
 
@@ -161,6 +165,7 @@ class ComputeConfig(Section):
     attention: Literal[
         "auto", "reference", "sdpa", "varlen", "flex", "flash2", "flash3", "flash4", "xformers"
     ] = "auto"
+    kernels: Literal["auto", "fused", "reference"] = "auto"
     threads: Positive | None = None
 
 
@@ -196,6 +201,38 @@ class CheckpointConfig(Section):
     keep: Positive = 2
 
 
+class WorldConfig(Section):
+    """The miniature world, and what of its model is trained; the scenes come from the seed, not from files.
+
+    Attributes:
+        stage: `encoder` learns to name the cells of a picture, `language` to read captions, `alignment` to
+            read pictures alike, `base` to draw from sparse captions; `arm` is post-training.
+        held_out: colours and shapes, as in "purple circle", that no sparse caption ever names together.
+        images: scenes of one optimizer step.
+        pool: different scenes that a generator is trained on; the other stages see no scene twice.
+        prompts, samples: prompts of each category, and pictures of each prompt, that a score is made of; two
+            scenes for each prompt test reading and reconstruction.
+        gate: what the stage has to reach, else the run ends with an error: the share of cells (`encoder`) or
+            descriptions (`language`, `alignment`) that are right, or the largest gain of the score over the
+            last quarter of the steps (`base`). None asks nothing.
+    """
+
+    stage: Literal["encoder", "language", "alignment", "base", "arm"]
+    held_out: tuple[str, ...] = (
+        "purple circle",
+        "yellow square",
+        "cyan triangle",
+        "red cross",
+        "green ring",
+        "blue diamond",
+    )
+    images: Positive = 128
+    pool: Positive = 20_480
+    prompts: Annotated[int, Field(ge=2, le=500)] = 150
+    samples: Positive = 2
+    gate: Fraction | None = None
+
+
 class TrainConfig(Section):
     """Everything that defines a training run.
 
@@ -210,6 +247,8 @@ class TrainConfig(Section):
         normalize: `global` divides each term's sum by its count over all microbatches; `microbatch` by each
             one's own.
         timestep_shift: shift of the training timesteps; None takes the family's published value.
+        world: the miniature world instead of `data`; the stage or the arm then sets the shares of the losses.
+        arm: what is added to sparse captions in the world's stage `arm`, one of ARMS.
         log_every: steps between lines of metrics.jsonl.
     """
 
@@ -226,6 +265,8 @@ class TrainConfig(Section):
     loss_weights: dict[str, Annotated[float, Field(ge=0)]] = {"reconstruction": 1.0}
     normalize: Literal["global", "microbatch"] = "global"
     timestep_shift: Annotated[float, Field(gt=0)] | None = None
+    world: WorldConfig | None = None
+    arm: str | None = None
     steps: Positive = 1000
     seed: NonNegative = 0
     log_every: Positive = 1

@@ -45,6 +45,11 @@ def _map_tensors(value: Any, function: Any) -> Any:
 class TensorStruct:
     """A frozen bundle of tensors (also inside tuples, mappings and nested structs) that moves as one."""
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same bundle with `function` applied to every tensor; everything else is shared."""
+        mapped: Self = _map_tensors(self, function)
+        return mapped
+
     def to(self, device: torch.device, *, non_blocking: bool = True) -> Self:
         """The same bundle with every tensor on `device`; everything else is shared."""
         moved: Self = _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))

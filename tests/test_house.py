@@ -36,6 +36,7 @@ FLOORS = {
     "reca.assets": 1,
     "reca.layers": 2,
     "reca.objectives": 2,
+    "reca.world": 2,
     "reca.models": 3,
     "reca.data": 3,
     "reca.engine": 3,

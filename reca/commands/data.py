@@ -8,22 +8,25 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from reca.config import DataConfig
-from reca.data.packing import StepLimits, StepPacker
+from reca.config import TASKS, CaptionConfig, ConversationConfig, DataConfig
+from reca.data.mixture import open_texts
+from reca.data.packing import Packer, PackLimits
 from reca.data.prompts import load_prompts
-from reca.data.sources import Source, open_source
+from reca.data.sources import Source, TextSource, open_source
 from reca.data.workers import OrderedWorkers
-from reca.errors import DataError
+from reca.errors import ConfigError, DataError, nearest
 from reca.images import ImageRejected, ImageSpec, load_image, resize, resized_size
 from reca.models import get_variant
+from reca.models.family import Variant
 from reca.sheet import contact_sheet, write_png
+from reca.types import Text
 
 _SHORT_SIDES = (256, 512, 768, 1024, 2048)
 _TOKENS_PER_WORD = 1.3  # of common BPE tokenizers on English
@@ -40,45 +43,65 @@ class _Inspection:
     digest: str = ""
     width: int = 0
     height: int = 0
+    words: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class _Inspect:
-    """Item -> _Inspection; runs in worker processes."""
+    """Item -> _Inspection; runs in worker processes. `has_text`: the source is a `TextSource`."""
 
     source: Source
     max_pixels: int
+    has_text: bool
 
     def __call__(self, item: int) -> _Inspection:
         name = self.source.name(item)
         try:
             data = self.source.read(item)
             image = load_image(data, max_pixels=self.max_pixels)
+            text = cast(TextSource, self.source).text(item) if self.has_text else ""
         except ImageRejected as reject:
             return _Inspection(name, reject.reason)
-        digest = hashlib.blake2b(data, digest_size=16).hexdigest()
-        return _Inspection(name, "", digest, image.width, image.height)
+        digest = hashlib.blake2b(data + repr(text).encode(), digest_size=16).hexdigest()
+        return _Inspection(name, "", digest, image.width, image.height, _words(text))
 
 
-def check(path: str, model: str, config: DataConfig | None = None) -> dict[str, Any]:
-    """Decode every image and say what can be trained on, ready for JSON.
+def _words(text: Text) -> int:
+    turns = ((text,),) if isinstance(text, str) else text or ()
+    return sum(len(piece.split()) for turn in turns for piece in turn)
+
+
+def check(
+    path: str,
+    model: str,
+    config: DataConfig | None = None,
+    *,
+    task: str = TASKS[0],
+    root: Path | None = None,
+) -> dict[str, Any]:
+    """Decode every image, read its text if the task has one, and say what can be trained on, ready for JSON.
 
     Args:
-        path: folder of images or of tar files, or one tar file.
+        path: folder of images or of tar files, or one tar file; of image_to_text the file of conversations,
+            of text_to_image the folder of captioned images.
         model: `family/variant` whose image sizes decide the number of tokens.
         config: limits of a step; None takes the defaults.
+        task: what is to be trained on it, one of `reca.config.TASKS`.
+        root: folder that the images of conversations lie below; None takes that of `path`.
 
-    Returns: keys `path`, `model`, `images`, `usable`, `rejected` (names and reasons), `ignored` (reason
-        -> count of entries that are no images), `duplicates` (names with equal bytes), `short_sides`
-        (pixels -> count), `enlarged` (images below the target's smallest size), `tokens` (least, mean, most
-        per image, estimated), `steps_per_epoch` and `images_per_step` (estimated), `fingerprint`.
-    Raises: ConfigError for an unknown model; DataError if there are no images or none can be used.
+    Returns: keys `path`, `model`, `task`, `images`, `usable`, `rejected` (names and reasons), `ignored`
+        (reason -> count of entries that are no samples), `duplicates` (names with equal bytes and text),
+        `short_sides` (pixels -> count), `enlarged` (images below the target's smallest size), `tokens`
+        (least, mean, most per image, estimated), `steps_per_epoch` and `images_per_step` (estimated),
+        `fingerprint`.
+    Raises: ConfigError for an unknown model or task, or a root that would be ignored; DataError if there are
+        no images or none can be used.
     """
     config = DataConfig() if config is None else config
     _, variant = get_variant(model)
-    source = open_source(path)
+    source = _open(path, task, root)
     workers = OrderedWorkers(
-        _Inspect(source, config.max_pixels),
+        _Inspect(source, config.max_pixels, task != TASKS[0]),
         iter(range(len(source))),
         workers=config.workers,
         ahead=64,
@@ -86,12 +109,13 @@ def check(path: str, model: str, config: DataConfig | None = None) -> dict[str, 
     )
     with closing(workers):
         inspected = list(workers)
-    prompt_tokens = _prompt_tokens(config.prompts)
+    prompt_tokens = _prompt_tokens(config.prompts) if task == TASKS[0] else _MARKERS
     usable: list[_Inspection] = []
     lengths: list[int] = []
     rejected: list[dict[str, str]] = []
     for image in inspected:
-        tokens = prompt_tokens + _image_tokens(image, (variant.understanding, variant.target))
+        tokens = prompt_tokens + round(_TOKENS_PER_WORD * image.words)
+        tokens += _image_tokens(image, _views(task, variant))
         if image.reason:
             rejected.append({"name": image.name, "reason": image.reason})
         elif tokens > config.max_sample_tokens:
@@ -107,6 +131,7 @@ def check(path: str, model: str, config: DataConfig | None = None) -> dict[str, 
     return {
         "path": path,
         "model": model,
+        "task": task,
         "images": len(source),
         "usable": len(usable),
         "rejected": rejected,
@@ -125,6 +150,25 @@ def check(path: str, model: str, config: DataConfig | None = None) -> dict[str, 
     }
 
 
+def _open(path: str, task: str, root: Path | None) -> Source:
+    if task not in TASKS:
+        raise ConfigError(f"unknown task {task!r}; {nearest(task, TASKS)}")
+    if root is not None and task != "image_to_text":
+        raise ConfigError(f"--root would be ignored: only conversations name their images, {task} does not")
+    if task == "image_to_text":
+        return open_texts(task, ConversationConfig(path=path, root=root))
+    if task == "text_to_image":
+        return open_texts(task, CaptionConfig(path=path))
+    return open_source(path)
+
+
+def _views(task: str, variant: Variant) -> tuple[ImageSpec, ...]:
+    """What of an image becomes tokens."""
+    understanding, target = variant.understanding, variant.target
+    views = {"image_to_text": (understanding,), "text_to_image": (target,)}
+    return views.get(task, (understanding, target))
+
+
 def _prompt_tokens(prompts: Path | None) -> int:
     lines = load_prompts(prompts)
     words = sum(len(line.split()) for line in lines) / len(lines)
@@ -140,10 +184,10 @@ def _image_tokens(image: _Inspection, specs: Sequence[ImageSpec]) -> int:
 
 def _count_steps(lengths: Sequence[int], config: DataConfig) -> int:
     """Steps of one pass, the last one incomplete."""
-    packer: StepPacker[int] = StepPacker(
-        StepLimits(config.images, config.tokens, config.max_tokens, config.max_sample_tokens)
+    packer: Packer[int] = Packer(
+        PackLimits(config.images, config.tokens, config.max_tokens, config.max_sample_tokens)
     )
-    stream, steps, exhausted = iter(lengths), 0, False
+    stream, packs, exhausted = iter(lengths), 0, False
     while not exhausted or packer.waiting:
         packer.open()
         while not packer.is_full and not exhausted:
@@ -152,8 +196,8 @@ def _count_steps(lengths: Sequence[int], config: DataConfig) -> int:
                 exhausted = True
             else:
                 packer.offer(length, length)
-        steps += bool(packer.take())
-    return steps
+        packs += bool(packer.take())
+    return -(-packs // config.packs)
 
 
 def _duplicates(images: Sequence[_Inspection]) -> list[list[str]]:

@@ -144,13 +144,14 @@ def _attention() -> dict[str, Any]:
 def _kernels() -> dict[str, Any]:
     failure = import_failure("reca.kernels")
     if failure is not None:
-        return {"operators": [], "why_not_fused": failure}
+        return {"operators": [], "auto": "none", "why_not_fused": failure}
     from reca.kernels import OPERATORS
 
     why_not = import_failure("triton")
     if why_not is None and not torch.cuda.is_available():
         why_not = "needs a CUDA device; the reference runs instead"
-    return {"operators": list(OPERATORS), "why_not_fused": why_not}
+    auto = "fused" if why_not is None else "explicit plain torch"
+    return {"operators": list(OPERATORS), "auto": auto, "why_not_fused": why_not}
 
 
 def _disk(folder: Path) -> dict[str, Any]:
@@ -193,7 +194,7 @@ def _sections(report: Mapping[str, Any]) -> Iterator[tuple[str, list[tuple[str, 
         yield f"attention, {kind}: auto takes {choice['auto']}", rows
     operators = kernels["operators"]
     yield (
-        "kernels",
+        f"kernels: auto takes {kernels['auto']}",
         [
             ("operators", f"{len(operators)}: {', '.join(operators)}" if operators else "none"),
             ("fused", _verdict(kernels["why_not_fused"])),

@@ -105,7 +105,7 @@ def _evaluation_table(evaluations: Sequence[Mapping[str, Any]]) -> str:
         return "<p>No evaluation was made.</p>"
     first, last = evaluations[0], evaluations[-1]
     rows = [
-        "<tr><th>held-out photographs</th><th>step {}</th><th>step {}</th><th></th></tr>".format(
+        "<tr><th>on what was held out</th><th>step {}</th><th>step {}</th><th></th></tr>".format(
             first["step"], last["step"]
         )
     ]

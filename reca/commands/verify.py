@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from reca.errors import ConfigError
+from reca.kernels import Impl, interpreted_kernels, triton_interprets
 from reca.models import get_family
 from reca.models.parity import Deviation, PackResult, compare, is_pack, read_pack
 
@@ -27,16 +30,28 @@ def find_packs(paths: Sequence[Path]) -> list[Path]:
     return packs
 
 
-def verify(paths: Sequence[Path]) -> list[PackResult]:
-    """Reproduce every pack with its family and compare.
+def verify(paths: Sequence[Path], kernels: Impl = "auto") -> list[PackResult]:
+    """Reproduce every pack with its family, on the CPU, and compare.
 
     Args:
         paths: pack folders, or folders that contain pack folders at any depth.
+        kernels: implementation of the operators; `fused` runs the Triton code under Triton's interpreter.
 
-    Raises: ConfigError or CheckpointError if a pack cannot be read or names an unknown family.
+    Raises: ConfigError or CheckpointError if a pack cannot be read or names an unknown family, or `fused` is
+        asked for while Triton does not interpret.
     """
-    packs = [read_pack(folder) for folder in find_packs(paths)]
-    return [compare(pack, get_family(pack.description["model"]).reproduce(pack)) for pack in packs]
+    packs = [replace(read_pack(folder), kernels=kernels) for folder in find_packs(paths)]
+    with _interpreted() if kernels == "fused" else nullcontext():
+        return [compare(pack, get_family(pack.description["model"]).reproduce(pack)) for pack in packs]
+
+
+def _interpreted() -> AbstractContextManager[None]:
+    if not triton_interprets():
+        raise ConfigError(
+            "packs are reproduced on the CPU, where kernels=fused needs Triton's interpreter; "
+            "start with TRITON_INTERPRET=1, or use kernels=auto"
+        )
+    return interpreted_kernels()
 
 
 def render(results: Sequence[PackResult]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from reca.config import DataConfig, StreamConfig
 from reca.data.order import SampleOrder
-from reca.data.packing import StepLimits, StepPacker
+from reca.data.packing import Packer, PackLimits
 from reca.data.prompts import Instructions, TextProvider, load_prompts
 from reca.data.sources import Source, open_source
 from reca.data.workers import OrderedWorkers
@@ -83,8 +83,9 @@ class PackingLoader:
 
     Args:
         prepare: what workers do for one index.
-        limits: when a step is full.
-        micro_images: images of one microbatch; None makes each step one.
+        limits: when a pack is full.
+        packs: packs of one step.
+        micro_images: images of one microbatch; None makes each pack one.
         workers: processes; they start with the first step.
         timeout_s: longest wait for one sample, in seconds.
         on_reject: called once for every name that is rejected.
@@ -94,8 +95,9 @@ class PackingLoader:
     def __init__(
         self,
         prepare: Prepare,
-        limits: StepLimits,
+        limits: PackLimits,
         *,
+        packs: int = 1,
         micro_images: int | None = None,
         workers: int = 0,
         timeout_s: float = 300.0,
@@ -103,7 +105,8 @@ class PackingLoader:
         advice: str = "`reca data check PATH` explains every one",
     ) -> None:
         self._prepare = prepare
-        self._packer: StepPacker[Sample] = StepPacker(limits)
+        self._packer: Packer[Sample] = Packer(limits)
+        self._packs = packs
         self._micro_images = micro_images or limits.images
         self._workers = workers
         self._timeout_s = timeout_s
@@ -123,12 +126,14 @@ class PackingLoader:
 
     def __next__(self) -> StepBatches:
         """The next step. Raises DataError if a whole epoch holds no usable image or the workers fail."""
-        samples = self._start()
-        self._packer.open()
-        while not self._packer.is_full:
-            self._admit(next(samples))
-        step = self._packer.take()
-        parts = [step[i : i + self._micro_images] for i in range(0, len(step), self._micro_images)]
+        samples, size = self._start(), self._micro_images
+        parts: list[list[Sample]] = []
+        for _ in range(self._packs):
+            self._packer.open()
+            while not self._packer.is_full:
+                self._admit(next(samples))
+            pack = self._packer.take()
+            parts += [pack[i : i + size] for i in range(0, len(pack), size)]
         return StepBatches(tuple(self._collate(part) for part in parts), self._cursor(), self._rejected)
 
     def restore(self, cursor: Mapping[str, Any]) -> None:
@@ -233,9 +238,9 @@ class PackingLoader:
         }
 
 
-def step_limits(config: StreamConfig) -> StepLimits:
-    """When a step of this stream is full."""
-    return StepLimits(
+def pack_limits(config: StreamConfig) -> PackLimits:
+    """When a pack of this stream is full."""
+    return PackLimits(
         images=config.images,
         tokens=config.tokens,
         max_tokens=config.max_tokens,
@@ -274,7 +279,8 @@ def build_loader(
     )
     return PackingLoader(
         prepare,
-        step_limits(config),
+        pack_limits(config),
+        packs=config.packs,
         micro_images=config.micro_images,
         workers=config.workers,
         timeout_s=timeout_s,

@@ -10,7 +10,7 @@ from typing import Any
 from reca.config import TASKS, CaptionConfig, ConversationConfig, DataConfig, TrainConfig
 from reca.data.captions import CaptionFolder
 from reca.data.llava import Conversations
-from reca.data.loader import PackingLoader, Prepare, Reject, step_limits
+from reca.data.loader import PackingLoader, Prepare, Reject, pack_limits
 from reca.data.order import SampleOrder
 from reca.data.prompts import OwnTexts
 from reca.data.sources import TextSource
@@ -146,7 +146,8 @@ def build_text_loader(
 
     return PackingLoader(
         prepare,
-        step_limits(stream),
+        pack_limits(stream),
+        packs=stream.packs,
         micro_images=stream.micro_images,
         workers=data.workers,
         on_reject=report,

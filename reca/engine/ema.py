@@ -15,11 +15,14 @@ class Ema:
     """Average of the trained tensors, fp32: average <- average + (1 - decay) (weights - average).
 
     It starts at the weights themselves; frozen tensors are not copied.
+
+    Attributes:
+        decay: what the average keeps of itself at each update.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self._parameters = dict(parameters)
-        self._weight = 1.0 - decay
+        self.decay = decay
         self._averages = {name: p.detach().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
@@ -28,7 +31,7 @@ class Ema:
         for name, average in self._averages.items():
             # `where` rather than a weight of 0, which would turn -0.0 into 0.0.
             torch.where(
-                skipped, average, torch.lerp(average, self._parameters[name], self._weight), out=average
+                skipped, average, torch.lerp(average, self._parameters[name], 1.0 - self.decay), out=average
             )
 
     def state(self) -> dict[str, Tensor]:

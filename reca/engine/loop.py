@@ -41,6 +41,7 @@ class Job:
         fingerprint: name -> identity of weights, data and whatever else must not change on a resume.
         on_progress: called with each logged record plus `steps`, `seconds` and `skipped_steps`.
         on_start: called once the folder is locked and the resume agreed: what it writes harms no other run.
+        notes: what the record should say of the starting weights.
     """
 
     config: TrainConfig
@@ -51,6 +52,7 @@ class Job:
     fingerprint: Mapping[str, str]
     on_progress: Callable[[Mapping[str, Any]], None]
     on_start: Callable[[], None] = lambda: None
+    notes: tuple[str, ...] = ()
 
 
 def run(job: Job, *, resume: Literal["auto"] | Path | None = None) -> dict[str, Any]:
@@ -92,7 +94,9 @@ class _Run:
     ) -> None:
         self.job, self.config, self.device, self.made_of, self.stop = job, job.config, device, made_of, stop
         self.state = TrainState.start(job.model, job.config, device)
-        if start.checkpoint is not None:
+        if start.checkpoint is None:
+            self.state.progress.notes += job.notes
+        else:
             self.state.restore(start.checkpoint)
             self.state.progress.notes += start.notes
             job.loader.restore(self.state.progress.cursor or {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,10 @@ from torch.optim.adamw import adamw
 from reca.config import OptimConfig
 from reca.engine.schedule import learning_rate
 from reca.errors import CheckpointError, ConfigError
+from reca.kernels import Impl, adamw_, runs_fused
+
+if TYPE_CHECKING:
+    from reca.engine.ema import Ema
 
 _TINY_NORM = 1e-6  # torch.nn.utils.clip_grad_norm_ adds the same before it divides
 
@@ -36,6 +41,7 @@ class _Group:
     """Tensors that share one weight decay, with their moments; parallel lists for the fused update."""
 
     weight_decay: float
+    names: list[str] = field(default_factory=list)
     parameters: list[Tensor] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
@@ -62,17 +68,29 @@ class AdamW:
     Gradients live in buffers that are allocated once and zeroed, so a tensor that a step does not reach has a
     zero gradient, as under the sharded official training.
 
+    Args:
+        parameters: name -> trained tensor, fp32.
+        config: rates, decays, clipping.
+        steps: of the whole run, for the schedule.
+        kernels: `reference` is torch's own fused update; `auto` too, but on CUDA the operator of reca.
+
     Attributes:
         parameters: name -> trained tensor, fp32.
         updates: scalar fp32, updates applied so far; skipped steps do not count.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig, steps: int) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimConfig,
+        steps: int,
+        kernels: Impl = "auto",
+    ) -> None:
         for part in config.no_decay:
             if not any(part in name for name in parameters):
                 raise ConfigError(f"optim.no_decay: no trained tensor's name contains {part!r}; drop it")
         self.parameters = dict(parameters)
-        self._config, self._steps = config, steps
+        self._config, self._steps, self._kernels = config, steps, kernels
         device = next(iter(parameters.values())).device
         counters = torch.zeros(len(parameters), dtype=torch.float32, device=device)
         self.updates = counters[0]
@@ -88,6 +106,7 @@ class AdamW:
             self._moments[name] = moments
             parameter.grad = torch.zeros_like(parameter)
             group = groups[_decays(name, parameter, config)]
+            group.names.append(name)
             group.parameters.append(parameter)
             group.exp_avgs.append(moments[0])
             group.exp_avg_sqs.append(moments[1])
@@ -103,11 +122,12 @@ class AdamW:
         torch._foreach_zero_(self.gradients())
 
     @torch.no_grad()
-    def step(self, loss: Tensor) -> Update:
+    def step(self, loss: Tensor, ema: Ema | None = None) -> Update:
         """One clipped update, or none at all where `loss` or the gradient norm is not finite.
 
         Args:
             loss: scalar fp32 of this step, equal on every rank.
+            ema: the average of the weights, which takes in the new ones.
 
         Returns: device scalars; the host reads nothing.
         """
@@ -116,6 +136,17 @@ class AdamW:
         lr = learning_rate(self.updates, self._config, self._steps)
         clip = self._config.clip_norm
         divisor = None if clip is None else ((grad_norm + _TINY_NORM) / clip).clamp(min=1.0)
+        # On a CPU torch's vectorised update takes an eighth of the time: quickstart, 1.6 ms against 12.4 ms.
+        if runs_fused(self._kernels, grad_norm.device):
+            self._update_in_one_pass(lr, divisor, skipped, ema)
+        else:
+            self._update(lr, divisor, skipped)
+            if ema is not None:
+                ema.update(skipped)
+        return Update(lr=lr, grad_norm=grad_norm, skipped=skipped)
+
+    def _update(self, lr: Tensor, divisor: Tensor | None, skipped: Tensor) -> None:
+        """Torch's fused update of lists of tensors, which counts the updates itself."""
         beta1, beta2 = self._config.betas
         for group in self._groups:
             # The fused kernel divides by `grad_scale` as it reads, and where `found_inf` is set it changes
@@ -138,7 +169,36 @@ class AdamW:
                 weight_decay=group.weight_decay,
                 eps=self._config.eps,
             )
-        return Update(lr=lr, grad_norm=grad_norm, skipped=skipped)
+
+    def _update_in_one_pass(
+        self, lr: Tensor, divisor: Tensor | None, skipped: Tensor, ema: Ema | None
+    ) -> None:
+        """Clipping, update and average of each tensor in one pass over memory."""
+        averages = {} if ema is None else ema.state()
+        for group in self._groups:
+            moments = zip(group.exp_avgs, group.exp_avg_sqs, strict=True)
+            for name, parameter, (exp_avg, exp_avg_sq) in zip(
+                group.names, group.parameters, moments, strict=True
+            ):
+                assert parameter.grad is not None
+                average = averages.get(name)
+                adamw_(
+                    parameter.view(-1),
+                    parameter.grad.view(-1),
+                    exp_avg.view(-1),
+                    exp_avg_sq.view(-1),
+                    lr=lr,
+                    updates=self.updates,
+                    betas=self._config.betas,
+                    eps=self._config.eps,
+                    weight_decay=group.weight_decay,
+                    divisor=divisor,
+                    skipped=skipped,
+                    ema=None if average is None else average.view(-1),
+                    ema_decay=0.0 if ema is None else ema.decay,
+                    impl=self._kernels,
+                )
+        self._counters.add_((~skipped).to(torch.float32))
 
     def state(self) -> dict[str, Tensor]:
         """The moments as named tensors: `exp_avg/<name>` and `exp_avg_sq/<name>`; `updates` travels apart."""

@@ -83,7 +83,7 @@ class TrainState:
         parameters = trained_parameters(model)
         optim = config.optim
         ema = Ema(parameters, optim.ema) if optim.ema is not None else None
-        return cls(config, model, AdamW(parameters, optim, config.steps), ema)
+        return cls(config, model, AdamW(parameters, optim, config.steps, config.compute.kernels), ema)
 
     def to_checkpoint(self, identity: Mapping[str, Any]) -> CheckpointState:
         """Every tensor a resume needs, not copied, and the counters; `identity`: what the run is made of."""

@@ -127,9 +127,7 @@ def train_step(state: TrainState, microbatches: Sequence[Batch]) -> StepMetrics:
     )
     with span("optimizer"):
         _all_reduce(state.optimizer.gradients())
-        update = state.optimizer.step(loss.total)
-        if state.ema is not None:
-            state.ema.update(update.skipped)
+        update = state.optimizer.step(loss.total, state.ema)
     state.step += 1
     return StepMetrics(loss.total, loss.terms, update.lr, update.grad_norm, update.skipped)
 

@@ -6,7 +6,7 @@ system are `DiskError`s; what is damaged later is refused by `verify_dir` and `r
 
 from __future__ import annotations
 
-from reca.files.atomic import write_atomic, write_json, write_text
+from reca.files.atomic import copy_file, open_atomic, write_atomic, write_json, write_text
 from reca.files.faults import CRASH_POINTS, at_crash_points
 from reca.files.lines import JsonLines
 from reca.files.lock import RunLock
@@ -19,6 +19,8 @@ __all__ = [
     "JsonLines",
     "RunLock",
     "at_crash_points",
+    "copy_file",
+    "open_atomic",
     "publish_dir",
     "read_safetensors",
     "remove_dir",

@@ -10,17 +10,18 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from reca.errors import DiskError
 from reca.files.faults import crash_point
 
 _OVERLAP = 1 << 20  # bytes from which hashing in a second thread pays for the hand-over
+_PIECE = 16 << 20
 _CURES = {
     errno.ENOSPC: "free some space or keep fewer checkpoints",
     errno.EDQUOT: "free some of your quota or keep fewer checkpoints",
@@ -96,10 +97,41 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], size: int) -> None:
-    """Write `chunks` (together `size` bytes) to `path` by way of a temporary file, or change nothing.
+class Sink:
+    """What `open_atomic` yields: takes bytes in order, and hashes them while they are written."""
+
+    def __init__(self, file: BinaryIO, target: Path, hasher: Executor) -> None:
+        self.count = 0
+        self.digest = hashlib.sha256()
+        self._file, self._target, self._hasher = file, target, hasher
+
+    def write(self, chunk: bytes | memoryview) -> int:
+        """Append one piece; returns its length."""
+        crash_point("write.chunk", self._target)
+        if len(chunk) < _OVERLAP:
+            self.digest.update(chunk)
+            self._file.write(chunk)
+        else:
+            hashing = self._hasher.submit(self.digest.update, chunk)
+            self._file.write(chunk)
+            hashing.result()
+        self.count += len(chunk)
+        return len(chunk)
+
+    def flush(self) -> None:
+        """Hand what is buffered to the system."""
+        self._file.flush()
+
+
+@contextmanager
+def open_atomic(path: Path, size: int = 0) -> Iterator[Sink]:
+    """Yield what writes to `path` by way of a temporary file; if the block raises, nothing changes.
 
     A symbolic link is followed. The new file's mode is 0666 less the umask; missing parents are made.
+
+    Args:
+        path: the file to write.
+        size: expected bytes, for the message.
 
     Raises: DiskError for every failure of the file system.
     """
@@ -114,17 +146,8 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], size: int) ->
             with os.fdopen(descriptor, "wb") as file, ThreadPoolExecutor(1) as hasher:
                 claim(descriptor)
                 crash_point("write.created", target)
-                digest, count = hashlib.sha256(), 0
-                for chunk in chunks:
-                    crash_point("write.chunk", target)
-                    if len(chunk) < _OVERLAP:
-                        digest.update(chunk)
-                        file.write(chunk)
-                    else:
-                        hashing = hasher.submit(digest.update, chunk)
-                        file.write(chunk)
-                        hashing.result()
-                    count += len(chunk)
+                sink = Sink(file, target, hasher)
+                yield sink
                 file.flush()
                 os.fsync(descriptor)
                 crash_point("write.synced", target)
@@ -135,7 +158,21 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], size: int) ->
         crash_point("write.renamed", target)
         sync_folder(target.parent)
         if (entries := written.get()) is not None:
-            entries[stamp(target)] = Entry(count, digest.hexdigest())
+            entries[stamp(target)] = Entry(sink.count, sink.digest.hexdigest())
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], size: int) -> None:
+    """Write `chunks` (together `size` bytes) to `path`, whole or not at all, as `open_atomic`."""
+    with open_atomic(path, size) as sink:
+        for chunk in chunks:
+            sink.write(chunk)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's bytes, whole or not at all, 16 MiB at a time. Raises: DiskError."""
+    with disk_errors(target), source.open("rb") as file:
+        pieces = iter(lambda: file.read(_PIECE), b"")
+        write_chunks(target, pieces, source.stat().st_size)
 
 
 def write_atomic(path: Path, data: bytes) -> None:

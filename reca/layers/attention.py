@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from reca.errors import nearest
 from reca.layers.attention_backends import BACKENDS, choose_backend, pad_head_dim
+from reca.profiling import span
 from reca.types import TensorStruct
 
 
@@ -100,6 +101,7 @@ def _cumulative(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
+@span("attention")
 def attention(
     query: Tensor,
     key: Tensor,

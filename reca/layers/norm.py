@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from reca.kernels import Impl, add_rms_norm, rms_norm
+
 
 class RMSNorm(nn.Module):
     """Divides each row by its root mean square and scales it.
@@ -18,7 +20,7 @@ class RMSNorm(nn.Module):
         dim: width of the last axis.
         eps: added to the mean square.
 
-    Shape: [..., dim] -> [..., dim], the dtype of x (promoted with the weight's).
+    Shape: [..., dim] -> [..., dim], the dtype of x.
     Source: arXiv 1910.07467, eq. 4.
     """
 
@@ -26,12 +28,18 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
+        self.kernels: Impl = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis of `x`."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scaled = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * scaled.to(x.dtype)
+        return rms_norm(x, self.weight, eps=self.eps, rounds_quotient=True, impl=self.kernels)
+
+    def add(self, delta: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of residual + delta, residual + delta) in one pass, in the dtype of the residual stream."""
+        delta = delta.to(residual.dtype)
+        return add_rms_norm(
+            delta, residual, self.weight, eps=self.eps, rounds_quotient=True, impl=self.kernels
+        )
 
     def extra_repr(self) -> str:
         """Width and eps, for printing."""

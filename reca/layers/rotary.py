@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def rotary_table(positions: Tensor, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    positions: Tensor, dim: int, theta: float = 10000.0, rounded_to: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotation angles.
 
         angle_pi = positions_p * theta^(-2 i / dim)      for i < dim / 2
@@ -15,6 +17,8 @@ def rotary_table(positions: Tensor, dim: int, theta: float = 10000.0) -> tuple[T
         positions: [rows], integers or floats; need not be sorted or distinct.
         dim: number of rotated dimensions, even.
         theta: base of the frequencies.
+        rounded_to: dtype in which the angles' cosines and sines are known: that of the activations, because
+            bf16 checkpoints were trained with a rounded table.
 
     Returns: (cos, sin), each [rows, dim / 2] fp32 on the device of `positions`.
     Raises: ValueError if `dim` is odd.
@@ -24,7 +28,8 @@ def rotary_table(positions: Tensor, dim: int, theta: float = 10000.0) -> tuple[T
         raise ValueError(f"rotary_table: dim must be even, got {dim}")
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
     angles = positions.to(torch.float32)[:, None] * theta**-exponent  # [rows, dim / 2]
-    return angles.cos(), angles.sin()
+    cos, sin = (table.to(rounded_to).to(torch.float32) for table in (angles.cos(), angles.sin()))
+    return cos, sin
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

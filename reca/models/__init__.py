@@ -11,6 +11,7 @@ FAMILIES = {
     "bagel": "reca.models.bagel",
     "harmon": "reca.models.harmon",
     "janus": "reca.models.janus",
+    "miniature": "reca.models.miniature",
     "openuni": "reca.models.openuni",
     "showo": "reca.models.showo",
 }

@@ -7,19 +7,19 @@ a model that was built on the meta device tensor by tensor; host memory stays ne
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from reca.errors import CheckpointError
-from reca.files import write_atomic, write_safetensors
+from reca.files import open_atomic, write_safetensors
 
 _LISTED = 10
 PICKLED = (".bin", ".pth", ".pt", ".ckpt")
@@ -94,7 +94,9 @@ def find_shards(path: Path) -> list[Path]:
     if not indexes:
         shards = sorted(path.glob("*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
         if not shards:
-            raise CheckpointError(f"{path}: expected *.safetensors files in this folder, found none")
+            raise CheckpointError(
+                f"{path}: expected *.safetensors files, found none; give the folder of a release"
+            )
         return shards
     try:
         names = sorted(set(json.loads(indexes[0].read_text(encoding="utf-8"))["weight_map"].values()))
@@ -305,7 +307,8 @@ def _check_header(
     ]
     if not missing and not unexpected and not misshapen:
         return
-    if not any(name in header for name in slots):
+    # families share some names; another variant, or missing shards, leave one of the two lists short
+    if sum(name in header for name in slots) < min(len(missing), len(unexpected)):
         cause = "these are weights of another family, or in a converted format; give the official files"
     elif misshapen:
         cause = "another variant of this family; choose the variant that the file belongs to"
@@ -339,6 +342,9 @@ def save_slots(
 ) -> None:
     """Write one official file: every slot under its official name, atomically; the suffix gives the format.
 
+    Host memory grows by the tensors that are cast; a file of `torch.save` also takes a copy of those that lie
+    on a device or are rows of a larger one: at most once the size of the file.
+
     Args:
         dtypes: what `load_slots` returned, so that unchanged tensors come back bit for bit; or one dtype for
             all floating tensors; None keeps the model's own.
@@ -358,9 +364,24 @@ def save_slots(
             official[name] = official[name].to("cpu", dtype)
     official |= extra or {}
     if path.suffix in PICKLED:
-        buffer = io.BytesIO()
-        content = {name: tensor.to("cpu").contiguous().clone() for name, tensor in official.items()}
-        torch.save(content if key is None else {key: content}, buffer)
-        write_atomic(path, buffer.getvalue())
+        content = {name: _alone(tensor) for name, tensor in official.items()}
+        _write_pickled(path, content if key is None else {key: content})
         return
     write_safetensors(path, official, {"format": "pt"})
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor on the host as all of its storage: torch.save writes whole storages, shared ones once."""
+    tensor = tensor.to("cpu").contiguous()
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+def _write_pickled(path: Path, content: Mapping[str, Any]) -> None:
+    with open_atomic(path) as sink:
+        try:
+            torch.save(content, cast("IO[bytes]", sink))
+        except RuntimeError as error:
+            # torch hides what the file system said behind an error of its own
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from reca.images import ImageSpec
-from reca.types import Processor
+from reca.kernels import Impl
+from reca.types import Batch, Processor
 
 Tensors = Iterable[tuple[str, Tensor]]
 """A stream of named tensors; whole state dicts are never held twice."""
@@ -90,12 +91,20 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """A parity pack: configuration, inputs and expected tensors of one case of the official code."""
+    """A parity pack: configuration, inputs and expected tensors of one case of the official code.
+
+    Attributes:
+        folder: where it lies, with its weights.
+        description: its `pack.json`.
+        inputs, expected: name -> tensor.
+        kernels: the implementation of the operators with which it is to be reproduced.
+    """
 
     folder: Path
     description: Mapping[str, Any]
     inputs: Mapping[str, Tensor]
     expected: Mapping[str, Tensor]
+    kernels: Impl = "auto"
 
     @property
     def kind(self) -> str:
@@ -126,12 +135,17 @@ class Family:
         build: (variant config) -> model on the default device (`torch.device("meta")` before loading).
         processor: (variant, folder of the weights, which holds tokenizer files) -> Processor of
             reconstruction; of another task of `tasks` with `task=...`.
-        load: (model on meta, path of official weights, device, dtype of frozen weights) -> None; strict,
-            shard by shard.
-        save: (model, folder) -> None; writes the official files through the file layer.
+        load: (model on meta, path of official weights, device, dtype of frozen weights, trained_dtype=fp32)
+            -> None; strict, shard by shard; a dtype of None keeps the file's.
+        save: (model, folder, source=None) -> None; writes the official files through the file layer, with the
+            dtypes, configuration and tokenizer of `source`, the release that the model came from.
         sampler: (model, variant, folder of the tokenizer) -> Sampler.
         reproduce: (pack) -> Reproduction; runs the maths of a parity pack.
+        example: (variant, task, number of samples) -> microbatch of typical size; needs neither data nor
+            tokenizer.
         tasks: what it trains, by the names of the loss terms.
+        examine: (loaded model, variant) -> notes for the run's record, found before training.
+        fp32_parts: names of frozen parts that `load` keeps in fp32 whatever it is asked for.
     """
 
     name: str
@@ -142,4 +156,7 @@ class Family:
     save: Callable[..., None]
     sampler: Callable[..., Sampler]
     reproduce: Callable[[Pack], Reproduction]
+    example: Callable[[Variant, str, int], Batch]
     tasks: tuple[str, ...] = ("reconstruction",)
+    examine: Callable[[Any, Variant], tuple[str, ...]] = lambda model, variant: ()
+    fp32_parts: tuple[str, ...] = ()

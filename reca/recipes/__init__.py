@@ -10,6 +10,13 @@ from reca.errors import ConfigError, nearest
 
 RECIPES = {
     "quickstart": "reca.recipes.quickstart:quickstart",
+    "world": "reca.recipes.world.recipes:world",
+    "world-flow": "reca.recipes.world.recipes:world_flow",
+    "world-encoder": "reca.recipes.world.recipes:world_encoder",
+    "world-language": "reca.recipes.world.recipes:world_language",
+    "world-alignment": "reca.recipes.world.recipes:world_alignment",
+    "world-base": "reca.recipes.world.recipes:world_base",
+    "world-flow-base": "reca.recipes.world.recipes:world_flow_base",
     "bagel-7b": "reca.recipes.bagel:bagel_7b",
     "bagel-smoke": "reca.recipes.bagel:bagel_smoke",
     "harmon-0.5b": "reca.recipes.harmon:harmon_05b",

@@ -20,6 +20,7 @@ from reca.engine.loop import Job
 from reca.engine.state import select_device
 from reca.errors import CheckpointError, ConfigError, nearest
 from reca.layers.attention import set_attention_backend
+from reca.layers.implementation import set_kernels
 from reca.models import get_variant
 from reca.models.checkpoint import PICKLED
 from reca.models.family import Family, SampleOptions, Sampler, Variant
@@ -75,8 +76,12 @@ def weights_folder(weights: str | None) -> Path | None:
     return path
 
 
-def load_model(name: str, weights: str | None, compute: ComputeConfig, seed: int = 0) -> Loaded:
+def load_model(
+    name: str, weights: str | None, compute: ComputeConfig, seed: int = 0, *, keep_dtypes: bool = False
+) -> Loaded:
     """Build `family/variant` and fill it, tensor by tensor, on the device that `compute` selects.
+
+    Frozen weights get the dtype of `compute.precision`, with `keep_dtypes` that of their file.
 
     Raises: ConfigError for an unknown name or device; CheckpointError if the weights do not fit.
     """
@@ -90,8 +95,9 @@ def load_model(name: str, weights: str | None, compute: ComputeConfig, seed: int
         with torch.device("meta"):
             model = family.build(variant.config)
         frozen = torch.bfloat16 if compute.precision == "bf16" else torch.float32
-        family.load(model, path, device, frozen)
+        family.load(model, path, device, None if keep_dtypes else frozen)
     set_attention_backend(model, compute.attention)
+    set_kernels(model, compute.kernels)
     return Loaded(family, variant, model, path)
 
 
@@ -147,6 +153,7 @@ def assemble(
         },
         on_progress=on_progress,
         on_start=on_start,
+        notes=loaded.family.examine(loaded.model, loaded.variant),
     )
 
 

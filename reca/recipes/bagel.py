@@ -17,9 +17,10 @@ def bagel_7b() -> TrainConfig:
         model="bagel/7b-mot",
         data=DataConfig(
             prompt_dropout=0.1,
-            images=8 * _GPUS,
-            tokens=32_768 * _GPUS,  # the official packer closes a GPU's pack at 32,768 tokens,
-            max_tokens=36_864 * _GPUS,  # never exceeds 36,864,
+            packs=_GPUS,
+            images=256,  # the official packer counts tokens alone: it closes a pack
+            tokens=32_768,  # at 32,768, which is 8 images of 1024 px,
+            max_tokens=36_864,  # never exceeds 36,864,
             max_sample_tokens=16_384,  # and skips longer samples
             micro_images=1,  # 4,096 latents fill the matrix units; larger microbatches only cost memory
             workers=8,

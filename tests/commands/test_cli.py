@@ -15,7 +15,7 @@ from PIL import Image
 from reca import cli
 from reca.commands.train import default_folder
 
-COMMANDS = ("train", "sample", "reconstruct", "edit", "verify", "doctor", "report", "data")
+COMMANDS = ("train", "sample", "reconstruct", "edit", "export", "verify", "doctor", "report", "data")
 Run = Callable[..., tuple[int, str, str]]
 
 

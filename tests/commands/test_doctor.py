@@ -134,7 +134,11 @@ def test_broken_kernels_do_not_end_the_report(
 
     monkeypatch.setattr(doctor, "import_failure", no_kernels)
     report = doctor.collect()
-    assert report["kernels"] == {"operators": [], "why_not_fused": "reca.kernels is broken: ImportError: x"}
+    assert report["kernels"] == {
+        "operators": [],
+        "auto": "none",
+        "why_not_fused": "reca.kernels is broken: ImportError: x",
+    }
     text = shown(capsys, report)
     assert "operators  none" in text
     assert "flash-attn    unknown version, usable" in text

@@ -62,6 +62,12 @@ def test_check_counts_explains_and_estimates(folder: Path, workers: int) -> None
     assert json.loads(json.dumps(result)) == result
 
 
+def test_check_counts_steps_of_several_packs(folder: Path) -> None:
+    limits = {"workers": 0, "images": 1}
+    steps = [command.check(str(folder), "toy/s", DataConfig(**limits, packs=n)) for n in (1, 3)]
+    assert [result["steps_per_epoch"] for result in steps] == [4, 2]
+
+
 def test_check_lists_samples_that_are_too_long(folder: Path) -> None:
     text = command._prompt_tokens(None)
     limits = DataConfig(workers=0, max_sample_tokens=text + 19, max_tokens=text + 19)
@@ -78,6 +84,47 @@ def test_check_of_nothing_usable_is_a_data_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none of the 1 images in .* can be used; 1\.jpg: the file is empty"):
         command.preview(str(tmp_path), "toy/s", tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
+
+
+def test_check_of_conversations_counts_their_words_and_their_understanding_view(
+    folder: Path, tmp_path: Path
+) -> None:
+    turns = [{"from": "human", "value": "<image>\nwhat is it"}, {"from": "gpt", "value": "a red cat"}]
+    entries = [
+        {"image": "b.jpg", "conversations": turns},
+        {"image": "b.jpg", "conversations": [turns[0], {"from": "gpt", "value": "cat"}]},
+        {"image": "missing.jpg", "conversations": turns},
+        {"conversations": turns},
+    ]
+    (tmp_path / "talk.json").write_text(json.dumps(entries))
+    result = command.check(
+        str(tmp_path / "talk.json"), "toy/s", DataConfig(workers=0), task="image_to_text", root=folder
+    )
+    assert (result["images"], result["usable"], result["task"]) == (3, 2, "image_to_text")
+    assert [row["name"] for row in result["rejected"]] == ["talk.json:3"]
+    assert sum(result["ignored"].values()) == 1
+    assert result["duplicates"] == []  # the same picture, but other words
+    # 2x2 tokens of the understanding view, markers, and 1.3 tokens for each of 6 or 4 words
+    assert (result["tokens"]["most"], result["tokens"]["least"]) == (
+        4 + command._MARKERS + 8,
+        4 + command._MARKERS + 5,
+    )
+
+
+def test_check_of_captions_counts_their_words_and_the_target_view(folder: Path) -> None:
+    (folder / "b.txt").write_text("a red cat")
+    (folder / "c.txt").write_text("  ")
+    result = command.check(str(folder), "toy/s", DataConfig(workers=0), task="text_to_image")
+    assert (result["images"], result["usable"]) == (2, 1)
+    assert [row["reason"] for row in result["rejected"]] == ["caption c.txt is empty"]
+    assert result["tokens"]["most"] == 16 + command._MARKERS + 4
+
+
+def test_a_task_or_a_root_that_means_nothing_is_a_configuration_error(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown task 'image_to_txt'; .*image_to_text"):
+        command.check(str(folder), "toy/s", task="image_to_txt")
+    with pytest.raises(ConfigError, match="--root would be ignored"):
+        command.check(str(folder), "toy/s", root=folder)
 
 
 def test_the_report_for_people_shows_names_as_they_are(folder: Path) -> None:

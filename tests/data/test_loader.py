@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -61,6 +57,16 @@ def test_a_step_is_cut_into_microbatches_in_order(photos: Path, processor: MakeP
     for one, parts in zip(whole, cut, strict=True):
         assert all(len(ids) == 3 for ids, _ in parts[:-1]) and 1 <= len(parts[-1][0]) <= 3
         assert one == [([k for ids, _ in parts for k in ids], [e for _, examples in parts for e in examples])]
+
+
+def test_a_step_of_several_packs_holds_what_so_many_steps_of_one_pack_hold(
+    photos: Path, processor: MakeProcessor
+) -> None:
+    single, after = steps_of(build_loader(config(photos), processor(), 0), 6)
+    three, cursor = steps_of(build_loader(config(photos, packs=3), processor(), 0), 2)
+    joined = [[batch for step in steps for batch in step] for steps in (single[:3], single[3:])]
+    assert joined == three  # each pack is a microbatch of its own
+    assert cursor == after
 
 
 def test_every_sample_comes_once_per_pass_and_no_limit_is_broken(
@@ -228,13 +234,6 @@ def test_data_that_cannot_be_trained_on_fails_before_the_first_step(
         build_loader(config(tmp_path / "gone"), processor(), 0)
 
 
-def test_a_bug_of_the_processor_is_not_a_bad_image(photos: Path, processor: MakeProcessor) -> None:
-    for workers in (0, 1):
-        loader = build_loader(config(photos, workers=workers), Buggy(), 0)
-        with closing(loader), pytest.raises(ZeroDivisionError):
-            next(loader)
-
-
 # Cursors
 
 
@@ -274,126 +273,3 @@ def test_samples_that_waited_are_refused_if_the_limits_have_shrunk(
     with closing(loader):
         assert all(e.num_tokens <= 4 for batch in next(loader).microbatches for e in batch.examples)
     assert reports and all("exceed max_sample_tokens=4" in reject.reason for reject in reports)
-
-
-# Processes
-
-
-@dataclass(frozen=True, slots=True)
-class Buggy:
-    """A processor with a bug."""
-
-    def prepare(self, *_: Any) -> Any:
-        return 1 / 0
-
-
-@dataclass(frozen=True, slots=True)
-class Stuck:
-    """A processor that leaves its process id and then never answers, or dies."""
-
-    folder: Path
-    dies: bool
-
-    def prepare(self, *_: Any) -> Any:
-        (self.folder / str(os.getpid())).touch()
-        if self.dies:
-            os.kill(os.getpid(), signal.SIGKILL)
-        signal.pause()
-
-
-def is_running(process: int) -> bool:
-    """Whether a process lives; one that has ended but was not waited for does not."""
-    try:
-        status = Path(f"/proc/{process}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return status.rpartition(")")[2].split()[0] not in ("Z", "X")
-
-
-@pytest.fixture
-def marks(tmp_path: Path) -> Iterator[Path]:
-    """A folder of process ids; none of them may be running at the end."""
-    folder = tmp_path / "processes"
-    folder.mkdir()
-    yield folder
-    started = [int(path.name) for path in folder.iterdir()]
-    assert started and not any(is_running(process) for process in started)
-
-
-def test_a_killed_worker_ends_the_run_with_a_cure(photos: Path, marks: Path) -> None:
-    loader = build_loader(config(photos, workers=2), Stuck(marks, dies=True), 0)
-    start = time.monotonic()
-    with pytest.raises(DataError, match=r"a loader worker was killed .*lower data.workers"):
-        next(loader)
-    assert time.monotonic() - start < 10
-
-
-def test_a_hanging_worker_ends_the_run_in_time_and_is_not_left_behind(photos: Path, marks: Path) -> None:
-    loader = build_loader(config(photos, workers=2), Stuck(marks, dies=False), 0, timeout_s=1.0)
-    start = time.monotonic()
-    with pytest.raises(DataError, match="no loader worker answered within 1 s"):
-        next(loader)
-    assert time.monotonic() - start < 1 + 2
-
-
-@dataclass(frozen=True, slots=True)
-class Marking:
-    """A sound processor that leaves its process id."""
-
-    folder: Path
-    inner: Any
-
-    def prepare(self, *arguments: Any) -> Any:
-        (self.folder / str(os.getpid())).touch()
-        return self.inner.prepare(*arguments)
-
-    def collate(self, *arguments: Any) -> Any:
-        return self.inner.collate(*arguments)
-
-
-def test_closing_ends_the_workers_and_may_be_repeated(
-    photos: Path, marks: Path, processor: MakeProcessor
-) -> None:
-    loader = build_loader(config(photos, workers=2), Marking(marks, processor()), 0)
-    next(loader)
-    started = [int(path.name) for path in marks.iterdir()]
-    assert os.getpid() not in started and any(is_running(process) for process in started)
-    loader.close()
-    loader.close()
-    build_loader(config(photos, workers=2), processor(), 0).close()
-
-
-def test_workers_leave_stop_requests_to_the_training_process(
-    photos: Path, marks: Path, processor: MakeProcessor
-) -> None:
-    loader = build_loader(config(photos, workers=1), Marking(marks, processor()), 0)
-    with closing(loader):
-        first = next(loader)
-        for path in marks.iterdir():
-            os.kill(int(path.name), signal.SIGINT)
-            os.kill(int(path.name), signal.SIGTERM)
-        later = [next(loader) for _ in range(12)]
-    assert later[-1].cursor["next_index"] > first.cursor["next_index"] + 24
-
-
-def test_workers_end_when_the_training_process_dies(
-    photos: Path, marks: Path, processor: MakeProcessor
-) -> None:
-    child = os.fork()
-    if child == 0:
-        next(build_loader(config(photos, workers=2), Marking(marks, processor()), 0))
-        os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(child, 0)
-    started = [int(path.name) for path in marks.iterdir()]
-    deadline = time.monotonic() + 10
-    while any(is_running(process) for process in started) and time.monotonic() < deadline:
-        os.sched_yield()
-
-
-def test_tensors_from_workers_hold_no_file_descriptor(photos: Path, processor: MakeProcessor) -> None:
-    with closing(build_loader(config(photos, workers=1), processor(), 0)) as loader:
-        next(loader)
-        before = len(os.listdir("/proc/self/fd"))
-        kept = [next(loader) for _ in range(10)]
-        assert len(os.listdir("/proc/self/fd")) <= before + 2 * len(kept)
-        assert not any(e.pixels.is_shared() for step in kept for b in step.microbatches for e in b.examples)

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reca.data.order import SampleOrder
-from reca.data.packing import StepLimits, StepPacker
+from reca.data.packing import Packer, PackLimits
 
 LIMITS = st.builds(
-    lambda images, max_tokens, sample_share, tokens_share, waiting: StepLimits(
+    lambda images, max_tokens, sample_share, tokens_share, waiting: PackLimits(
         images=images,
         tokens=None if tokens_share is None else max(1, int(max_tokens * tokens_share)),
         max_tokens=max_tokens,
@@ -29,10 +29,10 @@ LENGTHS = st.lists(st.integers(0, 220), min_size=1, max_size=120)
 
 
 def pack(
-    limits: StepLimits, lengths: list[int], waiting: tuple[int, ...] = (), start: int = 0
+    limits: PackLimits, lengths: list[int], waiting: tuple[int, ...] = (), start: int = 0
 ) -> tuple[list[tuple[list[int], list[int]]], list[int], list[int]]:
     """(steps as (samples, waiting after), refused, left at the end of the stream)."""
-    packer: StepPacker[int] = StepPacker(limits)
+    packer: Packer[int] = Packer(limits)
     for sample in waiting:
         packer.wait(sample, lengths[sample])
     stream = iter(range(start, len(lengths)))
@@ -53,7 +53,7 @@ def pack(
 
 @given(LIMITS, LENGTHS)
 @settings(max_examples=150, deadline=None)
-def test_every_sample_is_packed_once_or_refused_once(limits: StepLimits, lengths: list[int]) -> None:
+def test_every_sample_is_packed_once_or_refused_once(limits: PackLimits, lengths: list[int]) -> None:
     steps, refused, left = pack(limits, lengths)
     packed = [sample for step, _ in steps for sample in step]
     assert sorted(packed + refused + left) == list(range(len(lengths)))
@@ -62,7 +62,7 @@ def test_every_sample_is_packed_once_or_refused_once(limits: StepLimits, lengths
 
 @given(LIMITS, LENGTHS)
 @settings(max_examples=150, deadline=None)
-def test_no_step_is_empty_or_breaks_a_limit(limits: StepLimits, lengths: list[int]) -> None:
+def test_no_step_is_empty_or_breaks_a_limit(limits: PackLimits, lengths: list[int]) -> None:
     for step, waiting in pack(limits, lengths)[0]:
         total = sum(lengths[sample] for sample in step)
         assert 1 <= len(step) <= limits.images
@@ -74,7 +74,7 @@ def test_no_step_is_empty_or_breaks_a_limit(limits: StepLimits, lengths: list[in
 
 @given(LIMITS, LENGTHS)
 @settings(max_examples=100, deadline=None)
-def test_the_first_that_waits_opens_the_next_step(limits: StepLimits, lengths: list[int]) -> None:
+def test_the_first_that_waits_opens_the_next_step(limits: PackLimits, lengths: list[int]) -> None:
     steps = pack(limits, lengths)[0]
     for (_, waiting), (step, _) in pairwise(steps):
         if waiting:
@@ -83,7 +83,7 @@ def test_the_first_that_waits_opens_the_next_step(limits: StepLimits, lengths: l
 
 @given(LIMITS, LENGTHS, st.data())
 @settings(max_examples=100, deadline=None)
-def test_packing_goes_on_from_any_step(limits: StepLimits, lengths: list[int], data: st.DataObject) -> None:
+def test_packing_goes_on_from_any_step(limits: PackLimits, lengths: list[int], data: st.DataObject) -> None:
     steps, _, left = pack(limits, lengths)
     if not steps:
         return
@@ -98,34 +98,34 @@ def test_packing_goes_on_from_any_step(limits: StepLimits, lengths: list[int], d
 
 
 def test_a_step_holds_the_samples_in_the_order_of_the_stream_until_one_does_not_fit() -> None:
-    limits = StepLimits(images=9, tokens=10, max_tokens=12, max_sample_tokens=8)
+    limits = PackLimits(images=9, tokens=10, max_tokens=12, max_sample_tokens=8)
     steps, refused, left = pack(limits, [4, 5, 8, 2, 9, 4, 4, 1])
     assert steps == [([0, 1, 3], [2]), ([2, 5], [])]
     assert (refused, left) == ([4], [6, 7])
 
 
 def test_a_step_is_closed_once_enough_samples_wait() -> None:
-    limits = StepLimits(images=9, tokens=None, max_tokens=10, max_sample_tokens=8, max_waiting=2)
+    limits = PackLimits(images=9, tokens=None, max_tokens=10, max_sample_tokens=8, max_waiting=2)
     steps, _, left = pack(limits, [8] * 6)
     assert steps == [([0], [1, 2]), ([1], [2, 3]), ([2], [3, 4]), ([3], [4, 5])]
     assert left == [4, 5]
 
 
 def test_without_a_token_goal_steps_are_closed_by_images() -> None:
-    limits = StepLimits(images=3, tokens=None, max_tokens=100, max_sample_tokens=50)
+    limits = PackLimits(images=3, tokens=None, max_tokens=100, max_sample_tokens=50)
     assert [step for step, _ in pack(limits, [9] * 8)[0]] == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_impossible_limits_and_offers_are_refused() -> None:
     with pytest.raises(ValueError, match="max_sample_tokens=9 must not exceed"):
-        StepLimits(images=1, tokens=None, max_tokens=8, max_sample_tokens=9)
+        PackLimits(images=1, tokens=None, max_tokens=8, max_sample_tokens=9)
     with pytest.raises(ValueError, match="every limit must be positive"):
-        StepLimits(images=0, tokens=None, max_tokens=8, max_sample_tokens=8)
-    packer: StepPacker[int] = StepPacker(StepLimits(images=1, tokens=None, max_tokens=8, max_sample_tokens=4))
+        PackLimits(images=0, tokens=None, max_tokens=8, max_sample_tokens=8)
+    packer: Packer[int] = Packer(PackLimits(images=1, tokens=None, max_tokens=8, max_sample_tokens=4))
     with pytest.raises(ValueError, match="5 tokens are too many"):
         packer.offer(0, 5)
     packer.offer(0, 4)
-    with pytest.raises(ValueError, match="the step is full"):
+    with pytest.raises(ValueError, match="the pack is full"):
         packer.offer(1, 1)
 
 

@@ -112,6 +112,13 @@ def test_the_position_tables_are_computed_afresh_but_must_be_in_the_file(
         checkpoint.load(on_meta(), folder, CPU)
 
 
+def test_the_index_names_the_file_of_every_tensor_for_loaders_that_look_there_first(release: Path) -> None:
+    index = json.loads((release / "model.safetensors.index.json").read_text())
+    tensors = load_file(release / "ema.safetensors")
+    assert index["weight_map"] == dict.fromkeys(tensors, "ema.safetensors")
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "model_bf16.safetensors"])
 def test_other_names_of_the_main_file_are_found(release: Path, tmp_path: Path, name: str) -> None:
     folder = copy_of(release, tmp_path / "copy")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from reca.errors import ConfigError
 from reca.images import to_tensor
-from reca.models.bagel.batch import BagelProcessor
+from reca.models.bagel.batch import BagelDraws, BagelProcessor
 from reca.models.bagel.config import VARIANTS
 from reca.models.bagel.context import Canvas, Context, latent_grid, with_image, with_latents, with_text
 from reca.models.bagel.model import BagelModel
@@ -22,6 +22,7 @@ from reca.models.bagel.parity_sampling import reproduce_sampler
 from reca.models.bagel.sampler import BagelSampler, Conditions, guide, time_grid, trajectory
 from reca.models.family import Pack, SampleOptions
 from reca.models.parity import compare, read_pack
+from reca.objectives.flow_matching import interpolate
 from reca.randomness import RandomSource
 
 PACKS = Path(__file__).resolve().parents[1] / "data" / "parity" / "bagel"
@@ -137,10 +138,15 @@ def test_passes_run_together_give_what_each_gives_alone(model: BagelModel) -> No
 def test_the_pass_agrees_with_the_training_forward(model: BagelModel) -> None:
     processor = BagelProcessor(VARIANT)
     batch = processor.collate([processor.prepare(photographs()[0], "a cat", RandomSource(0), 0)], [0])
-    noised = torch.randn(sum(batch.layout.latent_lengths), model.config.latent_dim)
+    clean, noise = torch.randn(2, sum(batch.layout.latent_lengths), model.config.latent_dim)
     time = torch.tensor([0.3])
+    noised = interpolate(clean, noise, time)
     with torch.no_grad():
-        trained = model.predict(batch, model.understand(batch), noised, time)
+        latents = model.embed_latents(
+            batch, clean, BagelDraws(counts={}, time=time, noise=noise, posterior=())
+        )
+        latents = model.transform(batch, model.understand(batch), latents)
+        trained = model.llm2vae(model.norm_gen(latents))
         seen = with_image(model, Context.empty(model), to_tensor(photographs()[0], VARIANT.understanding))
         context = with_text(model, seen, processor.tokenizer.encode("a cat"))
         sampled = Canvas(model, [context], latent_grid(model, *batch.latent_grids[0])).velocity(noised, time)[

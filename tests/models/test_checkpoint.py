@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from reca.errors import CheckpointError
+from reca.errors import CheckpointError, DiskError
+from reca.files.atomic import Sink
 from reca.models.checkpoint import Slot, find_shards, load_slots, read_header, save_slots
 
 CPU = torch.device("cpu")
@@ -101,16 +103,17 @@ def test_a_round_trip_gives_the_same_bits_and_dtypes(tmp_path: Path, dtype: torc
         assert torch.equal(back[name], tensor), name
 
 
-_MEASURE = """
+_STATUS = """
 import sys, torch
 from pathlib import Path
 from torch import nn
-from reca.models.checkpoint import Slot, load_slots
+from reca.models.checkpoint import Slot, load_slots, save_slots
 
 def status(field):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
+"""
+_MEASURE = """
 with torch.device("meta"):
     model = nn.ModuleList(nn.Linear(1024, 2048, bias=False) for _ in range(16))
 rows = {0: (0, 1024), 1: (1024, 2048)}
@@ -126,7 +129,7 @@ print((status("VmHWM") - before) / sum(p.nbytes for p in model.parameters()))
 def test_loading_costs_little_more_host_memory_than_the_model_itself(tmp_path: Path) -> None:
     halves = {f"{i}.{half}": torch.ones(1024, 1024) for i in range(16) for half in (0, 1)}
     path = write(tmp_path / "w.safetensors", halves)
-    command = [sys.executable, "-P", "-c", _MEASURE, str(path)]
+    command = [sys.executable, "-P", "-c", _STATUS + _MEASURE, str(path)]
     result = subprocess.run(command, check=True, capture_output=True, text=True)
     assert 0.9 < float(result.stdout) < 1.2
 
@@ -258,3 +261,47 @@ def test_a_mistake_in_the_table_of_slots_is_a_programming_error(
     path = write(tmp_path / "w.safetensors", official())
     with pytest.raises(ValueError, match=message):
         load_slots(on_meta(), SLOTS | change, path, device=CPU)
+
+
+_MEASURE_SAVING = """
+model = nn.ModuleList(nn.Linear(1024, 2048, bias=False) for _ in range(16))
+rows = {0: (0, 1024), 1: (1024, 2048)}
+whole = {f"{i}": Slot(f"{i}.weight") for i in range(16)}
+halves = {f"{i}.{half}": Slot(f"{i}.weight", *rows[half]) for i in range(16) for half in rows}
+for slots in (whole, halves):
+    path = Path(sys.argv[1]) / "w.pth"
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    save_slots(model, slots, path)
+    print((status("VmHWM") - before) / path.stat().st_size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_a_pickled_file_costs_at_most_one_copy_of_the_rows_of_larger_tensors(tmp_path: Path) -> None:
+    command = [sys.executable, "-P", "-c", _STATUS + _MEASURE_SAVING, str(tmp_path)]
+    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    whole, halves = map(float, result.stdout.split())
+    assert whole < 0.1 and 0.9 < halves < 1.1
+
+
+def test_rows_of_one_parameter_are_pickled_as_tensors_of_their_own(tmp_path: Path) -> None:
+    save_slots(Toy(), SLOTS, tmp_path / "w.pth")
+    for tensor in torch.load(tmp_path / "w.pth", weights_only=True).values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_a_disk_that_fills_up_while_pickling_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "w.pth"
+    save_slots(Toy(), SLOTS, path)
+    before = path.read_bytes()
+
+    def full(sink: Sink, chunk: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Sink, "write", full)
+    with pytest.raises(DiskError, match=r"w\.pth: No space left on device .*free some space"):
+        save_slots(Toy(), SLOTS, path)
+    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["w.pth"]

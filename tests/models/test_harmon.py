@@ -13,9 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from reca.errors import CheckpointError, ConfigError
 from reca.layers.attention import Segments, set_attention_backend
@@ -40,7 +38,6 @@ from reca.models.harmon.parity_training import record
 from reca.models.harmon.processor import HarmonProcessor
 from reca.models.parity import compare, read_pack
 from reca.randomness import RandomSource
-from reca.types import _map_tensors
 
 PACKS = Path(__file__).parents[1] / "data" / "parity" / "harmon"
 VARIANT = VARIANTS["tiny"]
@@ -246,29 +243,30 @@ def test_draws_are_pure_and_belong_to_the_sample_not_to_its_place() -> None:
 
 def test_dropout_drops_its_share_scales_the_rest_and_repeats() -> None:
     ids = torch.tensor([5, 9])
-    masks = DrawnDropout(RANDOM, ids)
+    masks = DrawnDropout.of(RANDOM, ids)
     drop = BlockDropout(masks, 0.1, 0.1, "encoder_blocks.0", 1)
     ones = torch.ones(300, 40)
-    got = drop.rows(ones, "mlp.drop1", (100, 200))
-    assert torch.equal(got, drop.rows(ones, "mlp.drop1", (100, 200)))
+    got = drop.rows(ones, "mlp.drop1", Segments.of((100, 200)))
+    assert torch.equal(got, drop.rows(ones, "mlp.drop1", Segments.of((100, 200))))
     assert set(got.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.9))}
     assert float((got == 0).float().mean()) == pytest.approx(0.1, abs=0.01)
     # a sample's mask depends neither on its neighbours nor on its place
-    alone = BlockDropout(DrawnDropout(RANDOM, ids[1:]), 0.1, 0.1, "encoder_blocks.0", 1)
-    assert torch.equal(alone.rows(ones[100:], "mlp.drop1", (200,)), got[100:])
+    alone = BlockDropout(DrawnDropout.of(RANDOM, ids[1:]), 0.1, 0.1, "encoder_blocks.0", 1)
+    assert torch.equal(alone.rows(ones[100:], "mlp.drop1", Segments.of((200,))), got[100:])
     for place, number in (("mlp.drop2", 1), ("mlp.drop1", 0)):
         other = BlockDropout(masks, 0.1, 0.1, "encoder_blocks.0", number)
-        assert not torch.equal(other.rows(ones, place, (100, 200)), got)
+        assert not torch.equal(other.rows(ones, place, Segments.of((100, 200))), got)
 
 
 def test_dropout_of_attention_drops_probabilities() -> None:
     torch.manual_seed(0)
     query, key = torch.randn(7, 2, 8), torch.randn(7, 2, 8)
     value = torch.ones(7, 2, 8)
-    drop = BlockDropout(DrawnDropout(RANDOM, torch.tensor([1, 2])), 0.5, 0.0, "encoder_blocks.0", 0)
+    drop = BlockDropout(DrawnDropout.of(RANDOM, torch.tensor([1, 2])), 0.5, 0.0, "encoder_blocks.0", 0)
     segments = Segments.of([3, 4])
-    attended = drop.attend(query, key, value, segments)
-    keep = drop.masks.keep("encoder_blocks.0.attn.attn_drop.0", 1, (2, 4, 4), 0.5)
+    attended = drop.attend(torch.stack([query, key, value], dim=1), segments)
+    place = "dropout/encoder_blocks.0.attn.attn_drop.0"
+    keep = RANDOM.uniform(place, torch.tensor([2]), 2 * 4 * 4).view(2, 4, 4) >= 0.5
     scores = torch.einsum("qhd,khd->hqk", query[3:], key[3:]) * 8**-0.5
     expected = (scores.softmax(-1) * keep).sum(-1).t() / 0.5
     torch.testing.assert_close(attended[3:, :, 0], expected)
@@ -346,26 +344,6 @@ def full_batch(config: HarmonConfig, task: str) -> GenerationBatch | ImageToText
         return collate_image_to_text(config, [dialogue] * 2, [0, 1])
     example = GenerationExample(latents, grid, (7,) * 29, 888, 0)
     return collate_generation(config, [example] * 2, [0, 1], with_understanding=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["reconstruction", "image_to_text"])
-@pytest.mark.parametrize("name", ["0.5b", "1.5b"])
-def test_a_full_size_step_reads_nothing_on_the_host_and_executes_little_more_than_the_minimum(
-    name: str, task: str
-) -> None:
-    config: HarmonConfig = VARIANTS[name].config
-    real = full_batch(config, task)
-    with FakeTensorMode() as mode:  # a host read of any value raises here
-        model = HarmonModel(config)
-        set_attention_backend(model, "reference")  # the only back end whose products are all counted
-        batch = _map_tensors(real, mode.from_tensor)
-        draws = model.draw(batch, RANDOM)
-        with FlopCounterMode(display=False) as counter, torch.autocast("cpu", torch.bfloat16):
-            (loss,) = model(batch, draws).values()
-            loss.backward()
-    executed = counter.get_total_flops()
-    assert 0.97 * model.flops(real) < executed <= 1.05 * model.flops(real)
 
 
 @pytest.mark.parametrize(

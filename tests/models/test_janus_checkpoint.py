@@ -15,6 +15,7 @@ from torch import Tensor
 from reca.errors import CheckpointError
 from reca.models.checkpoint import named_tensors, official_shapes
 from reca.models.janus import checkpoint
+from reca.models.janus.codebook import examine
 from reca.models.janus.config import VARIANTS, JanusConfig
 from reca.models.janus.model import JanusModel
 
@@ -242,3 +243,27 @@ def test_a_broken_configuration_is_refused(native: Path, tmp_path: Path, content
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=message):
         checkpoint.load(on_meta(), tmp_path, CPU)
+
+
+def test_the_codebooks_norms_and_the_agreement_of_both_rules_are_noted() -> None:
+    torch.manual_seed(0)
+    model = JanusModel(CONFIG)
+    with torch.no_grad():
+        weight = model.vq.codebook.weight
+        weight.copy_(2 * weight / weight.norm(dim=1, keepdim=True))
+    (note,) = examine(model, VARIANTS["tiny"])
+    assert note.startswith("codebook: 128 rows of norm 2 to 2;")
+    assert note.endswith("on 100.0% of a photograph's codes")
+    with torch.no_grad():
+        weight[::2] *= 3
+    (note,) = examine(model, VARIANTS["tiny"])
+    assert "norm 2 to 6;" in note and "100.0%" not in note
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_codebook_that_means_nothing_is_refused(value: float) -> None:
+    model = JanusModel(CONFIG)
+    with torch.no_grad():
+        model.vq.codebook.weight[5] = value
+    with pytest.raises(CheckpointError, match="rows that are zero or not finite; copy the weights again"):
+        examine(model, VARIANTS["tiny"])

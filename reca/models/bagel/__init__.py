@@ -5,6 +5,7 @@ from __future__ import annotations
 from reca.models.bagel.batch import BagelProcessor
 from reca.models.bagel.checkpoint import load, save
 from reca.models.bagel.config import VARIANTS
+from reca.models.bagel.example import example
 from reca.models.bagel.model import BagelModel
 from reca.models.bagel.parity import reproduce
 from reca.models.bagel.sampler import BagelSampler
@@ -19,4 +20,6 @@ FAMILY = Family(
     save=save,
     sampler=BagelSampler,
     reproduce=reproduce,
+    example=example,
+    fp32_parts=("vae",),
 )

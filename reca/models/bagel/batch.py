@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from reca.images import patchify, to_tensor
+from reca.kernels import PhiloxNoise
 from reca.layers.attention import Segments
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.tokenizer import read_tokenizer
@@ -73,12 +74,13 @@ class BagelDraws(Draws):
 
     Attributes:
         time: [images] fp32 in (0, 1), after the shift; one per image, shared by its tokens.
-        noise: [latent rows, latent_dim] fp32 standard normal, in the order of the latent tokens.
+        noise: [latent rows, latent_dim] fp32 standard normal, in the order of the latent tokens; or the
+            coordinates of these numbers, from which kernels regenerate them.
         posterior: per target group [images, z, height, width] fp32 standard normal; empty for given latents.
     """
 
     time: Tensor
-    noise: Tensor
+    noise: Tensor | PhiloxNoise
     posterior: tuple[Tensor, ...]
 
 

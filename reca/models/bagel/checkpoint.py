@@ -8,6 +8,7 @@ them, so they are written.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from reca.errors import CheckpointError
-from reca.files import write_atomic, write_json
+from reca.files import copy_file, write_json
 from reca.models.bagel.config import BagelConfig, LLMConfig, VisionConfig
 from reca.models.bagel.model import BagelModel
 from reca.models.bagel.vae import vae_slots
@@ -24,6 +25,7 @@ from reca.models.checkpoint import Slot, load_slots, read_header, save_slots
 
 WEIGHTS = ("ema.safetensors", "model.safetensors", "model_bf16.safetensors")
 AUTOENCODER = "ae.safetensors"
+INDEX = "model.safetensors.index.json"
 _CONFIGS = ("config.json", "llm_config.json", "vit_config.json")
 _TOKENIZER = (
     "tokenizer.json",
@@ -33,6 +35,7 @@ _TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
+    "preprocessor_config.json",
 )
 _SINGLES = {
     "connector.fc1": "connector.fc1",
@@ -139,7 +142,9 @@ def find_weights(path: Path) -> tuple[Path, Path]:
         )
     autoencoder = folder / AUTOENCODER
     if not autoencoder.is_file():
-        raise CheckpointError(f"{autoencoder} is missing; copy it from the BAGEL-7B-MoT release")
+        raise CheckpointError(
+            f"{autoencoder} is missing; copy it from BAGEL-7B-MoT, or give the folder of a BAGEL release"
+        )
     return mains[0], autoencoder
 
 
@@ -240,14 +245,14 @@ def official_configs(config: BagelConfig) -> dict[str, dict[str, Any]]:
 def save(
     model: BagelModel, folder: Path, *, source: Path | None = None, dtype: torch.dtype | None = None
 ) -> None:
-    """Write an official folder: `ema.safetensors`, `ae.safetensors`, configuration and tokenizer files.
+    """Write an official folder: `ema.safetensors`, `ae.safetensors`, index, configurations and tokenizer.
 
     Each file appears whole or not at all; wrap the call in `publish_dir` to let the folder appear as one.
 
     Args:
-        folder: written into; made if missing. source: the release that the model came from. Its dtypes are
-        kept, so that tensors which did not change
-            come back bit for bit, and its configuration and tokenizer files are copied.
+        folder: written into; made if missing.
+        source: the release that the model came from. Its dtypes are kept, so that tensors which did not
+            change come back bit for bit, and its configuration and tokenizer files are copied.
         dtype: of the main file, whatever the source; None without a source keeps the model's own.
 
     Raises: DiskError if a file cannot be written; CheckpointError if `source` cannot be read.
@@ -263,9 +268,17 @@ def save(
     ):
         kept = {name: stored[name] for name in slots if name in stored}
         save_slots(model, slots, folder / file, dtypes=fixed or kept)
+    write_json(folder / INDEX, _index(folder / WEIGHTS[0]))
     for name, content in official_configs(model.config).items():
         if source is None or not (source / name).is_file():
             write_json(folder / name, content)
     for name in (*_CONFIGS, *_TOKENIZER):
         if source is not None and (source / name).is_file():
-            write_atomic(folder / name, (source / name).read_bytes())
+            copy_file(source / name, folder / name)
+
+
+def _index(weights: Path) -> dict[str, Any]:
+    """Which file holds each tensor, as loaders of other projects look it up; the release's has these keys."""
+    header = read_header([weights])
+    total = sum(math.prod(entry.shape) * entry.dtype.itemsize for entry in header.values())
+    return {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(sorted(header), weights.name)}

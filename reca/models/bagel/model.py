@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reca.images import patchify
+from reca.kernels import Impl, PhiloxNoise, flow_head, flow_input, runs_fused
+from reca.layers.implementation import activation_dtype
 from reca.layers.mlp import MLP
 from reca.layers.norm import RMSNorm
 from reca.layers.position import sincos_position_table
@@ -20,9 +22,9 @@ from reca.models.bagel.flops import minimum_flops
 from reca.models.bagel.transformer import DecoderLayer
 from reca.models.bagel.vae import FluxVAE
 from reca.models.bagel.vision import VisionEncoder
-from reca.objectives.flow_matching import flow_matching, interpolate, shifted_time
+from reca.objectives.flow_matching import shifted_time
 from reca.profiling import span
-from reca.randomness import RandomSource
+from reca.randomness import RandomSource, key_of
 from reca.types import LossTerms
 
 _TIME_FEATURES = 256
@@ -63,6 +65,7 @@ class BagelModel(nn.Module):
         dim = llm.hidden_size
         self.config = config
         self.timestep_shift = 1.0
+        self.kernels: Impl = "auto"
         self.vision = VisionEncoder(config.vision)
         self.connector = MLP(config.vision.hidden_size, dim, dim)
         self.embed_tokens = nn.Embedding(llm.vocab_size, dim)
@@ -113,9 +116,17 @@ class BagelModel(nn.Module):
         return BagelDraws(
             counts={"reconstruction": tokens},
             time=shifted_time(torch.sigmoid(normal), self.timestep_shift),
-            noise=random.normal_rows("noise", ids, layout.latent_lengths, self.config.latent_dim),
+            noise=self._noise(batch, random),
             posterior=tuple(self._posterior(group, ids, random) for group in batch.targets),
         )
+
+    def _noise(self, batch: BagelBatch, random: RandomSource) -> Tensor | PhiloxNoise:
+        """Noise of the latent tokens; where kernels regenerate it, only the coordinates of its numbers."""
+        ids, layout = batch.sample_ids, batch.layout
+        if not runs_fused(self.kernels, ids.device):
+            return random.normal_rows("noise", ids, layout.latent_lengths, self.config.latent_dim)
+        step = torch.full((), random.step, dtype=torch.int64, device=ids.device)
+        return PhiloxNoise(key_of(random.seed, "noise"), step, ids, layout.latent_rows)
 
     def _posterior(self, group: TargetGroup, sample_ids: Tensor, random: RandomSource) -> Tensor:
         if group.kind == "latents":
@@ -130,10 +141,11 @@ class BagelModel(nn.Module):
         """`reconstruction`: squared error of the velocity, mean over channels, summed over tokens; fp32."""
         clean = self.encode_target(batch, draws)
         understanding = self.understand(batch)
-        noised = interpolate(clean, draws.noise, self.per_token(draws.time[:, None], batch))
-        velocity = self.predict(batch, understanding, noised, draws.time)
+        with span("predict"):
+            latents = self.embed_latents(batch, clean, draws)
+            latents = self.transform(batch, understanding, latents)
         with span("loss"):
-            return {"reconstruction": flow_matching(velocity, clean, draws.noise)}
+            return {"reconstruction": self.velocity_loss(batch, latents, clean, draws)}
 
     @torch.no_grad()
     def understand(self, batch: BagelBatch) -> Tensor:
@@ -166,35 +178,48 @@ class BagelModel(nn.Module):
             moments = self.vae.moments(moments.to(next(self.vae.parameters()).dtype))
         return self.vae.sample(moments.to(torch.float32), noise)
 
-    def predict(self, batch: BagelBatch, understanding: Tensor, noised: Tensor, time: Tensor) -> Tensor:
-        """Velocity of noised latents.
+    def embed_latents(self, batch: BagelBatch, clean: Tensor, draws: BagelDraws) -> Tensor:
+        """[latent rows, dim]: projected noised latents, time of their image, position."""
+        dtype = activation_dtype(self.vae2llm.weight)
+        return flow_input(
+            clean,
+            draws.noise,
+            draws.time,
+            batch.layout.latent_images,
+            self.vae2llm.weight.to(dtype),
+            self.vae2llm.bias.to(dtype),
+            time_embedding=self.time_embedder(draws.time).to(dtype),
+            position=self.latent_positions.to(dtype),
+            position_ids=batch.latent_positions,
+            impl=self.kernels,
+        )
+
+    def transform(self, batch: BagelBatch, understanding: Tensor, latents: Tensor) -> Tensor:
+        """[latent rows, dim]: the latents' residual stream after all layers.
 
         Args:
             batch: gives rows and positions.
             understanding: [understanding rows, dim] of `understand`.
-            noised: [latent rows, latent_dim] fp32.
-            time: [images] fp32.
-
-        Returns: [latent rows, latent_dim] in the dtype of activations.
+            latents: [latent rows, dim] of `embed_latents`.
         """
-        rotation = rotary_table(batch.layout.positions, self.config.llm.head_dim, self.config.llm.rope_theta)
-        with span("predict"):
-            latents = self.embed_latents(batch, noised, time)
-            for layer in self.layers:
-                understanding, latents = layer(understanding, latents, batch.layout, rotation)
-            velocity: Tensor = self.llm2vae(self.norm_gen(latents))
-            return velocity
+        llm = self.config.llm
+        rotation = rotary_table(batch.layout.positions, llm.head_dim, llm.rope_theta, understanding.dtype)
+        for layer in self.layers:
+            understanding, latents = layer(understanding, latents, batch.layout, rotation)
+        return latents
 
-    def embed_latents(self, batch: BagelBatch, noised: Tensor, time: Tensor) -> Tensor:
-        """[latent rows, dim]: projected latents, time of their image, position."""
-        embedded: Tensor = self.vae2llm(noised.to(self.vae2llm.weight.dtype))
-        embedded = embedded + self.per_token(self.time_embedder(time), batch)
-        return embedded + self.latent_positions[batch.latent_positions].to(embedded.dtype)
-
-    @staticmethod
-    def per_token(rows: Tensor, batch: BagelBatch) -> Tensor:
-        """[images, ...] -> [latent rows, ...]: the row of each token's image."""
-        lengths = batch.layout.latent_lengths
-        return torch.cat(
-            [row.expand(n, *row.shape[1:]) for row, n in zip(rows.split(1), lengths, strict=True)]
+    def velocity_loss(self, batch: BagelBatch, latents: Tensor, clean: Tensor, draws: BagelDraws) -> Tensor:
+        """Scalar fp32: squared error of the velocity of the latents' final states, summed over tokens."""
+        norm, output, dtype = self.norm_gen, self.llm2vae, latents.dtype
+        return flow_head(
+            latents,
+            norm.weight,
+            output.weight.to(dtype),
+            output.bias.to(dtype),
+            clean,
+            draws.noise,
+            torch.ones(latents.shape[0], dtype=torch.float32, device=latents.device),
+            eps=norm.eps,
+            images=batch.layout.latent_images,
+            impl=self.kernels,
         )

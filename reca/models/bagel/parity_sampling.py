@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from reca.errors import ConfigError
 from reca.images import patchify, to_image
+from reca.layers.implementation import set_kernels
 from reca.models.bagel.checkpoint import bagel_slots
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.context import Context, latent_grid, with_image, with_latents, with_text
@@ -103,6 +104,7 @@ def _load_model(pack: Pack) -> BagelModel:
     with torch.device("meta"):
         model = BagelModel(BagelConfig.from_official(pack.description["config"]))
     load_slots(model, bagel_slots(model.config), pack.folder / "weights.safetensors", device=_CPU)
+    set_kernels(model, pack.kernels)
     return model
 
 

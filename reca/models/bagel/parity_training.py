@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from reca.images import patchify
 from reca.layers.attention import Segments
+from reca.layers.implementation import set_kernels
 from reca.layers.mlp import MLP
 from reca.layers.position import sincos_position_table
 from reca.layers.rotary import apply_rotary, rotary_table
@@ -50,6 +51,7 @@ def load_pack_model(pack: Pack) -> BagelModel:
     if (pack.folder / "ae.safetensors").is_file():
         slots = autoencoder_slots(model.config)
         load_slots(model, slots, pack.folder / "ae.safetensors", device=torch.device("cpu"))
+    set_kernels(model, pack.kernels)
     return model
 
 
@@ -109,7 +111,7 @@ def _train(model: BagelModel, pack: Pack, shift: float) -> dict[str, Tensor]:
     watched: dict[str, nn.Module] = {f"layer.{i}": layer for i, layer in enumerate(model.layers)}
     watched |= {f"vit.layer.{i}": layer for i, layer in enumerate(model.vision.layers)}
     watched |= {"vit.last_hidden_state": model.vision, "connector": model.connector}
-    watched |= {"timestep_embedding": model.time_embedder, "velocity": model.llm2vae}
+    watched |= {"timestep_embedding": model.time_embedder}
     with record(watched) as (inputs, outputs):
         loss = model(batch, draws)["reconstruction"] / draws.counts["reconstruction"]
     loss.backward()
@@ -119,22 +121,23 @@ def _train(model: BagelModel, pack: Pack, shift: float) -> dict[str, Tensor]:
     ]
     with torch.no_grad():
         clean = model.encode_target(batch, draws)
-        velocity = outputs["velocity"]
+        velocity = model.llm2vae(model.norm_gen(outputs[f"layer.{len(model.layers) - 1}"][1]))
+        noise = pack.inputs["noise"]
         return {
             **packed_view(batch, pack),
             "attention_mask": attention_mask(layout),
             "padded_latent": model.latents(batch.targets[0], draws.posterior[0]),
-            "timesteps": model.per_token(draws.time, batch),
+            "timesteps": draws.time[layout.latent_images],
             "latent_tokens": clean,
-            "noised_tokens": interpolate(clean, draws.noise, model.per_token(draws.time, batch)),
-            "target": draws.noise - clean,
-            "timestep_embedding": model.per_token(outputs["timestep_embedding"], batch),
+            "noised_tokens": interpolate(clean, noise, draws.time[layout.latent_images]),
+            "target": noise - clean,
+            "timestep_embedding": outputs["timestep_embedding"][layout.latent_images],
             "vit.embeddings": model.vision.embed(batch.patches, batch.patch_positions),
             **{name: value for name, value in outputs.items() if name.startswith(("vit.", "connector"))},
             **_streams(model, layout, inputs, outputs),
             **_prefix(model, layout, inputs),
             "velocity": velocity,
-            "mse_per_token": (velocity - (draws.noise - clean)).square().mean(dim=1),
+            "mse_per_token": (velocity - (noise - clean)).square().mean(dim=1),
             "loss": loss,
             "grad_norm": torch.stack(squares).sum().sqrt(),
             **{f"grad.{name}": value for name, value in gradients.items()},

@@ -25,13 +25,16 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from reca.kernels import Impl, qk_norm_rope
 from reca.layers.attention import Segments, attention
 from reca.layers.mlp import SwiGLU
 from reca.layers.norm import RMSNorm
-from reca.layers.rotary import apply_rotary
 from reca.models.bagel.config import LLMConfig
 from reca.types import TensorStruct
 
+Rotation = tuple[Tensor, Tensor] | tuple[None, None]
+"""Cosines and sines of positions, [rows, head_dim / 2] fp32 each; or none."""
+UNROTATED: Rotation = (None, None)
 MARKERS = 2  # <start> and <end> around the latents of one image
 
 
@@ -48,6 +51,7 @@ class Layout(TensorStruct):
         texts: causal segments of texts over their image and themselves; samples without text have none.
         markers, latents: segments of both over all rows of their sample.
         positions: [understanding rows] int64, rotary positions relative to the sample's image block.
+        latent_images, latent_rows: [latent rows] int64, the sample of each latent token, and its row there.
     """
 
     image_lengths: tuple[int, ...]
@@ -58,6 +62,8 @@ class Layout(TensorStruct):
     markers: Segments
     latents: Segments
     positions: Tensor
+    latent_images: Tensor
+    latent_rows: Tensor
 
     @classmethod
     def of(
@@ -80,6 +86,8 @@ class Layout(TensorStruct):
             markers=Segments.of([MARKERS] * len(lengths), visible),
             latents=Segments.of(tuple(latent_lengths), visible),
             positions=torch.cat([*images, *texts, markers]),
+            latent_images=torch.arange(len(lengths)).repeat_interleave(torch.tensor(latent_lengths)),
+            latent_rows=torch.cat([torch.arange(latents) for latents in latent_lengths]),
         )
 
     @property
@@ -122,26 +130,39 @@ class Expert(nn.Module):
         self.o = nn.Linear(config.num_attention_heads * self.head_dim, dim, bias=False)
         self.post_norm = RMSNorm(dim, eps)
         self.mlp = SwiGLU(dim, config.intermediate_size)
+        self.kernels: Impl = "auto"
 
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[rows, dim] -> query [rows, heads, head_dim], key, value [rows, kv_heads, head_dim], unrotated."""
-        projected = self.qkv(self.input_norm(hidden)).unflatten(-1, (-1, self.head_dim))
-        query, key, value = projected.split(self.heads, dim=1)
-        # fp32 norm weights beside bf16 activations would leave queries and keys in fp32
-        return self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value
+    def project(self, hidden: Tensor, rotation: Rotation = UNROTATED) -> tuple[Tensor, Tensor, Tensor]:
+        """[rows, dim] -> query [rows, heads, head_dim], key, value [rows, kv_heads, head_dim].
 
-    def project_keys(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        Query and key are turned by `rotation`, cosines and sines of the rows' positions, if it is given.
+        """
+        return self._split(self.qkv(self.input_norm(hidden)), rotation, self.heads[0])
+
+    def project_keys(self, hidden: Tensor, rotation: Rotation = UNROTATED) -> tuple[Tensor, Tensor]:
         """Only key and value of `project`."""
         skipped = self.heads[0] * self.head_dim
         normed = self.input_norm(hidden)
         projected = nn.functional.linear(normed, self.qkv.weight[skipped:], self.qkv.bias[skipped:])
-        key, value = projected.unflatten(-1, (-1, self.head_dim)).split(self.heads[1:], dim=1)
-        return self.k_norm(key).to(value.dtype), value
+        return self._split(projected, rotation, 0)[1:]
+
+    def _split(self, projected: Tensor, rotation: Rotation, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        return qk_norm_rope(
+            projected,
+            self.q_norm.weight,
+            self.k_norm.weight,
+            *rotation,
+            heads=heads,
+            kv_heads=self.heads[1],
+            eps=self.q_norm.eps,
+            rounds_quotient=True,
+            impl=self.kernels,
+        )
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Residual stream after attention output [rows, heads, head_dim] and MLP."""
-        hidden = hidden + self.o(attended.flatten(1))
-        output: Tensor = hidden + self.mlp(self.post_norm(hidden))
+        normed, hidden = self.post_norm.add(self.o(attended.flatten(1)), hidden)
+        output: Tensor = hidden + self.mlp(normed)
         return output
 
 
@@ -190,10 +211,8 @@ class DecoderLayer(nn.Module):
         self, understanding: Tensor, rotation: tuple[Tensor, Tensor]
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         if self.is_last:
-            key, value = self.und.project_keys(understanding)
-            return None, apply_rotary(key, *rotation), value
-        query, key, value = self.und.project(understanding)
-        return apply_rotary(query, *rotation), apply_rotary(key, *rotation), value
+            return None, *self.und.project_keys(understanding, rotation)
+        return self.und.project(understanding, rotation)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, layout: Layout

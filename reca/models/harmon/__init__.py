@@ -5,6 +5,7 @@ from __future__ import annotations
 from reca.models.family import Family
 from reca.models.harmon.checkpoint import load, save
 from reca.models.harmon.config import VARIANTS
+from reca.models.harmon.example import example
 from reca.models.harmon.model import HarmonModel
 from reca.models.harmon.parity import reproduce
 from reca.models.harmon.processor import TASKS, HarmonProcessor
@@ -19,5 +20,7 @@ FAMILY = Family(
     save=save,
     sampler=HarmonSampler,
     reproduce=reproduce,
+    example=example,
     tasks=TASKS,
+    fp32_parts=("vae",),
 )

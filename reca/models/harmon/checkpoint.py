@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from reca.errors import CheckpointError
-from reca.files import write_atomic
+from reca.files import copy_file
 from reca.models.checkpoint import Slot, find_shards, load_slots, read_header, save_slots
 from reca.models.harmon.config import HarmonConfig, LLMConfig
 from reca.models.harmon.model import HarmonModel
@@ -226,4 +226,4 @@ def save(
     parent = source.parent if source.is_file() else source
     for name in TOKENIZER:
         if (parent / name).is_file():
-            write_atomic(folder / name, (parent / name).read_bytes())
+            copy_file(parent / name, folder / name)

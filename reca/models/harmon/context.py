@@ -47,7 +47,7 @@ def read_prefix(model: HarmonModel, token_ids: Sequence[int], image: Tensor | No
         split = model.config.image_index
         hidden = torch.cat([hidden[:split].to(image.dtype), image, hidden[split:].to(image.dtype)])
     llm, rows = model.config.llm, hidden.shape[0]
-    rotation = rotary_table(torch.arange(rows, device=device), llm.head_dim, llm.rope_theta)
+    rotation = rotary_table(torch.arange(rows, device=device), llm.head_dim, llm.rope_theta, hidden.dtype)
     segments = Segments.of([rows], is_causal=True).to(device)
     keys, values = list[Tensor](), list[Tensor]()
     for index, layer in enumerate(model.decoder_layers()):
@@ -112,7 +112,7 @@ class Canvas:
         model, llm, count, passes = self.model, self.model.config.llm, rows.shape[0], len(self.prefixes)
         lengths = [prefix.length for prefix in self.prefixes]
         positions = torch.cat([torch.arange(length, length + count) for length in lengths]).to(rows.device)
-        rotation = rotary_table(positions, llm.head_dim, llm.rope_theta)
+        rotation = rotary_table(positions, llm.head_dim, llm.rope_theta, rows.dtype)
         segments = Segments.of([count] * passes, [length + count for length in lengths], is_causal=True)
         segments, hidden = segments.to(rows.device), rows.repeat(passes, 1)
         for index, layer in enumerate(model.decoder_layers()):

@@ -1,4 +1,4 @@
-"""Per-token diffusion with learned variance: schedules, the training loss, and one ancestral step.
+"""Per-token diffusion with learned variance: schedules, and one ancestral step.
 
 The variance is learned as an interpolation v in [-1, 1] between the logarithms of the smallest and the
 largest sensible one, through a variational term that is held apart from the noise prediction.
@@ -20,9 +20,6 @@ from reca.types import TensorStruct
 NUM_STEPS = 1000
 _MAX_BETA = 0.999
 _OFFSET = 0.008
-_SMALLEST = 1e-12
-_BIN = 1 / 255
-_EDGE = 0.999
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,70 +123,3 @@ class Coefficients:
         """Predicted log variance; `interpolation` is v, about -1 (smallest) to 1 (largest)."""
         fraction = (interpolation + 1) / 2
         return fraction * self.log_beta + (1 - fraction) * self.log_posterior
-
-
-@dataclass(frozen=True, slots=True)
-class DiffusionLoss:
-    """Per row: squared error of the noise, and the variational term in bits; means over channels.
-
-    Attributes:
-        squared_error, variational: [rows] fp32.
-    """
-
-    squared_error: Tensor
-    variational: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        """Scalar fp32: the sum of both over all rows."""
-        return self.squared_error.sum() + self.variational.sum()
-
-
-def diffusion_loss(
-    output: Tensor, clean: Tensor, noised: Tensor, noise: Tensor, time: Tensor, schedule: Schedule
-) -> DiffusionLoss:
-    """Loss of a noise prediction with learned variance.
-
-        squared_error = mean_c (e - epsilon)^2
-        variational   = KL(q(x_(t-1) | x_t, x_0) || p(x_(t-1) | x_t)) / ln 2        for t > 0
-                        -log2 p(x_0 | x_1), discretised to bins of 1 / 255         for t = 0
-
-    The variational term sees the noise prediction without its gradient: it trains only the variance.
-
-    Args:
-        output: [rows, 2 * channels], noise prediction and variance interpolation; receives the gradient.
-        clean, noised, noise: [rows, channels] fp32.
-        time: [rows] int64 in 0..999.
-        schedule: the full one.
-    """
-    epsilon, interpolation = output.to(torch.float32).chunk(2, dim=1)
-    at = schedule.at(time)
-    mean = at.predicted_mean(noised, epsilon.detach())
-    log_variance = at.log_variance(interpolation)
-    divergence = _gaussian_kl(at.mean(clean, noised), at.log_posterior, mean, log_variance)
-    is_first = (time == 0)[:, None]
-    # Far tails overflow in the likelihood; rows that do not use it see the mean as exact.
-    likelihood = _discretised_log_likelihood(clean, torch.where(is_first, mean, clean), 0.5 * log_variance)
-    variational = torch.where(is_first, -likelihood, divergence).mean(dim=1) / math.log(2)
-    return DiffusionLoss((noise - epsilon).square().mean(dim=1), variational)
-
-
-def _gaussian_kl(mean: Tensor, log_variance: Tensor, other: Tensor, other_log_variance: Tensor) -> Tensor:
-    """KL of two diagonal Gaussians per entry, in nats."""
-    gap = log_variance - other_log_variance
-    return 0.5 * (gap.exp() - 1 - gap + (mean - other).square() * torch.exp(-other_log_variance))
-
-
-def _discretised_log_likelihood(values: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log probability of the bin of 2 / 255 around each value; the outermost bins are half-lines."""
-    precision = torch.exp(-log_scale)
-    below = _normal_cdf(precision * (values - mean - _BIN))
-    above = _normal_cdf(precision * (values - mean + _BIN))
-    inner = (above - below).clamp(min=_SMALLEST).log()
-    lowest, highest = above.clamp(min=_SMALLEST).log(), (1 - below).clamp(min=_SMALLEST).log()
-    return torch.where(values < -_EDGE, lowest, torch.where(values > _EDGE, highest, inner))
-
-
-def _normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation of the normal distribution function."""
-    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))

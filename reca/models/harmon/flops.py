@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
+from reca.models.autoencoder import AutoencoderKLConfig
 from reca.models.harmon.batch import GenerationBatch, ImageToTextBatch
 from reca.models.harmon.config import HarmonConfig, LLMConfig
 from reca.models.harmon.diffusion import NUM_STEPS
@@ -18,12 +20,14 @@ def minimum_flops(config: HarmonConfig, batch: GenerationBatch | ImageToTextBatc
 
     Counted are matrices and attention of everything that is trained, on the rows that lead to the loss: no
     padding, masked tokens alone in the diffusion head, after the last layer of the language model only rows
-    that are read. Not counted is the frozen autoencoder, whose latents an implementation may hold ready.
+    that are read. The frozen autoencoder counts where the batch brings pixels; latents may be held ready.
     """
     mar, llm = config.mar, config.llm
+    frozen = encoder_flops(config.vae, batch.images.tokens) if batch.images.kind == "pixels" else 0
     width, tokens = mar.encoder_embed_dim, batch.images.tokens
     whole = [mar.buffer_size + tokens] * batch.num_images
-    total = _llm(llm, batch.sequences.segments.query_lengths, _read(batch), batch)
+    total = batch.num_images * frozen
+    total += _llm(llm, batch.sequences.segments.query_lengths, _read(batch), batch)
     if batch.understanding is not None:
         total += _mar(width, mar.mlp_ratio, mar.encoder_depth, whole)
         total += _bridge(sum(whole), width, llm.hidden_size)
@@ -35,6 +39,25 @@ def minimum_flops(config: HarmonConfig, batch: GenerationBatch | ImageToTextBatc
     total += _LINEAR * sum(visible) * width * width  # embedding of the decoder
     total += _mar(width, mar.mlp_ratio, mar.decoder_depth, whole)
     return total + _head(config, sum(batch.num_masked))
+
+
+def encoder_flops(config: AutoencoderKLConfig, latents: int) -> int:
+    """Forward of one image of `latents` latent tokens through the autoencoder's encoder."""
+    widths = [config.ch * multiple for multiple in (1, *config.ch_mult)]
+    width, pixels = widths[-1], latents * config.stride**2
+    total = 2 * 9 * config.in_channels * config.ch * pixels
+    for level, (before, after) in enumerate(itertools.pairwise(widths)):
+        shortcut = before * after if before != after else 0
+        blocks = 9 * (before * after + (2 * config.num_res_blocks - 1) * after * after) + shortcut
+        total += 2 * blocks * pixels
+        if level < len(config.ch_mult) - 1:
+            pixels //= 4
+            total += 2 * 9 * after * after * pixels
+    # attention follows each block of the last level, and stands between the two in the middle
+    attention = 8 * width * width * pixels + 4 * width * pixels * pixels
+    total += (config.num_res_blocks + 1) * attention + 2 * 4 * 9 * width * width * pixels
+    out = 2 * config.z_channels
+    return total + 2 * (9 * width + out) * out * pixels
 
 
 def _read(batch: GenerationBatch | ImageToTextBatch) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reca.kernels import Impl, gate_residual, layer_norm_modulate
 from reca.layers.timestep import timestep_features
 from reca.models.harmon.diffusion import NUM_STEPS
 from reca.models.harmon.transformer import NORM_EPS
@@ -20,6 +21,7 @@ class HeadBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.kernels: Impl = "auto"
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.fc1 = nn.Linear(width, width)
         self.fc2 = nn.Linear(width, width)
@@ -30,8 +32,11 @@ class HeadBlock(nn.Module):
     def forward(self, hidden: Tensor, activated: Tensor) -> Tensor:
         """Advance [rows, width] under [rows, width], the condition after SiLU."""
         shift, scale, gate = self.modulation(activated).chunk(3, dim=1)
-        inner = self.norm(hidden) * (1 + scale) + shift
-        return hidden + gate * self.fc2(F.silu(self.fc1(inner)))
+        norm, impl = self.norm, self.kernels
+        inner = layer_norm_modulate(
+            hidden, shift, scale, eps=norm.eps, weight=norm.weight, bias=norm.bias, impl=impl
+        )
+        return gate_residual(self.fc2(F.silu(self.fc1(inner))), gate, hidden, impl=impl)
 
 
 class DiffusionHead(nn.Module):
@@ -45,6 +50,7 @@ class DiffusionHead(nn.Module):
 
     def __init__(self, channels: int, condition: int, width: int, depth: int) -> None:
         super().__init__()
+        self.kernels: Impl = "auto"
         self.time_fc1 = nn.Linear(TIME_FEATURES, width)
         self.time_fc2 = nn.Linear(width, width)
         self.condition = nn.Linear(condition, width)
@@ -84,8 +90,9 @@ class DiffusionHead(nn.Module):
         for block in self.block_list():
             hidden = block(hidden, activated)
         shift, scale = self.modulation(activated).chunk(2, dim=1)
-        normed = F.layer_norm(hidden, hidden.shape[-1:], eps=NORM_EPS)
-        output: Tensor = self.output(normed * (1 + scale) + shift)
+        output: Tensor = self.output(
+            layer_norm_modulate(hidden, shift, scale, eps=NORM_EPS, impl=self.kernels)
+        )
         return output
 
     def block_list(self) -> Sequence[nn.Module]:

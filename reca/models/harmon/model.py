@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reca.kernels import masked_token_loss
+from reca.kernels import Impl, diffusion_loss, diffusion_noise, masked_token_loss
 from reca.layers.norm import RMSNorm
 from reca.layers.rotary import rotary_table
 from reca.models.harmon.batch import (
@@ -23,7 +23,7 @@ from reca.models.harmon.batch import (
     Understanding,
 )
 from reca.models.harmon.config import HarmonConfig
-from reca.models.harmon.diffusion import NUM_STEPS, Schedule, diffusion_loss
+from reca.models.harmon.diffusion import NUM_STEPS, Schedule
 from reca.models.harmon.dropout import DrawnDropout, Dropout
 from reca.models.harmon.flops import minimum_flops
 from reca.models.harmon.head import DiffusionHead
@@ -81,6 +81,7 @@ class HarmonModel(nn.Module):
         llm, mar = config.llm, config.mar
         dim, width = llm.hidden_size, mar.encoder_embed_dim
         self.config = config
+        self.kernels: Impl = "auto"
         self.encoder = MarEncoder(mar)
         self.proj_in = Bridge(width, dim, dim)
         self.embed_tokens = nn.Embedding(llm.vocab_size, dim)
@@ -108,12 +109,6 @@ class HarmonModel(nn.Module):
         """The layers of the language model, in order."""
         return list(self.layers)  # type: ignore[arg-type]
 
-    @property
-    def schedule(self) -> Schedule:
-        """The training schedule, on the model's device."""
-        table = self.schedule_table
-        return Schedule(torch.arange(NUM_STEPS, device=table.device), table)
-
     def flops(self, batch: GenerationBatch | ImageToTextBatch) -> int:
         """Least FLOPs of forward + backward of this microbatch; see `minimum_flops`."""
         return minimum_flops(self.config, batch)
@@ -124,7 +119,7 @@ class HarmonModel(nn.Module):
     ) -> GenerationDraws | ImageToTextDraws:
         """Order of tokens, noise levels and noise, all keyed by sample. The mask ratio is the batch's own."""
         ids, mar = batch.sample_ids, self.config.mar
-        dropout = DrawnDropout(random, ids) if mar.attn_dropout or mar.proj_dropout else None
+        dropout = DrawnDropout.of(random, ids) if mar.attn_dropout or mar.proj_dropout else None
         if isinstance(batch, ImageToTextBatch):
             labels = torch.full((), batch.labels.shape[0], dtype=torch.float32, device=ids.device)
             return ImageToTextDraws(counts={"image_to_text": labels}, dropout=dropout)
@@ -161,13 +156,12 @@ class HarmonModel(nn.Module):
         condition = self.condition(batch, latents, draws)
         with span("loss"):
             clean = latents.flatten(0, 1).index_select(0, draws.masked)
-            clean = clean.repeat(self.config.mar.diffusion_batch_mul, 1)
-            at = self.schedule.at(draws.time)
-            noised = at.signal * clean + at.noise * draws.noise
+            at = (draws.time, self.schedule_table)
+            noised = diffusion_noise(clean, draws.noise, *at, impl=self.kernels)
             output = self.diffusion_head(noised, draws.time, condition)
-            loss = diffusion_loss(output, clean, noised, draws.noise, draws.time, self.schedule)
+            loss, _, _ = diffusion_loss(output, clean, draws.noise, *at, impl=self.kernels)
         name = "reconstruction" if isinstance(batch, ReconstructionBatch) else "text_to_image"
-        return {name: loss.total}
+        return {name: loss}
 
     @torch.no_grad()
     def encode_target(self, images: Images) -> Tensor:
@@ -224,7 +218,7 @@ class HarmonModel(nn.Module):
         llm = self.config.llm
         text = self.embed_tokens(sequences.token_ids).to(images[-1].dtype)
         hidden = torch.cat([text, *images]).index_select(0, sequences.rows)
-        rotation = rotary_table(sequences.positions, llm.head_dim, llm.rope_theta)
+        rotation = rotary_table(sequences.positions, llm.head_dim, llm.rope_theta, hidden.dtype)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, rotation, sequences.segments, sequences.readout if index == last else None)
@@ -238,7 +232,7 @@ class HarmonModel(nn.Module):
         hidden = self.run_llm(batch.sequences, [seen])
         with span("loss"):
             weight = self.embed_tokens.weight.to(seen.dtype)
-            return masked_token_loss(hidden.to(seen.dtype), weight, batch.labels)
+            return masked_token_loss(hidden.to(seen.dtype), weight, batch.labels, impl=self.kernels)
 
 
 def generation_draws(

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reca.kernels import diffusion_loss, diffusion_noise
+from reca.layers.implementation import set_kernels
 from reca.models.checkpoint import Slot, load_slots
 from reca.models.family import Pack, Reproduction
 from reca.models.harmon.batch import (
@@ -30,7 +32,7 @@ from reca.models.harmon.batch import (
 )
 from reca.models.harmon.checkpoint import harmon_slots
 from reca.models.harmon.config import HarmonConfig
-from reca.models.harmon.diffusion import Schedule, diffusion_loss
+from reca.models.harmon.diffusion import Schedule
 from reca.models.harmon.head import DiffusionHead
 from reca.models.harmon.model import HarmonModel, generation_draws
 from reca.types import TensorStruct
@@ -46,7 +48,7 @@ class GivenDropout(TensorStruct):
 
     masks: Mapping[str, Tensor]
 
-    def keep(self, place: str, sample: int, shape: tuple[int, ...], rate: float) -> Tensor:
+    def keep(self, place: str, sample: int, shape: tuple[int, ...]) -> Tensor:
         """The mask of one sample; its shape must be the one asked for."""
         return self.masks[f"keep.mar.{place}"][sample].view(shape).bool()
 
@@ -56,6 +58,7 @@ def load_pack_model(pack: Pack) -> HarmonModel:
     with torch.device("meta"):
         model = HarmonModel(HarmonConfig.from_official(pack.description["config"]))
     load_slots(model, harmon_slots(model.config), pack.folder / "weights.safetensors", device=_CPU)
+    set_kernels(model, pack.kernels)
     return model
 
 
@@ -256,13 +259,11 @@ def _all_rows(
     head: DiffusionHead, clean: Tensor, condition: Tensor, time: Tensor, noise: Tensor
 ) -> dict[str, Tensor]:
     """The diffusion of every token, masked or not, at every noise level."""
-    schedule = Schedule.full()
-    clean = clean.repeat(len(time) // len(clean), 1)
-    at = schedule.at(time)
-    noised = at.signal * clean + at.noise * noise
+    table = Schedule.full().table
+    noised = diffusion_noise(clean, noise, time, table)
     output = head(noised, time, condition)
-    loss = diffusion_loss(output, clean, noised, noise, time, schedule)
-    return {"x_t": noised, "model_output": output, "mse": loss.squared_error, "vb": loss.variational}
+    _, squared_error, variational = diffusion_loss(output, clean, noise, time, table)
+    return {"x_t": noised, "model_output": output, "mse": squared_error, "vb": variational}
 
 
 def reproduce_diffusion(pack: Pack) -> Reproduction:
@@ -282,15 +283,14 @@ def reproduce_diffusion(pack: Pack) -> Reproduction:
         if slot.parameter.startswith("diffusion_head.")
     }
     load_slots(parts, slots, pack.folder / "weights.safetensors", device=_CPU)
+    set_kernels(parts, pack.kernels)
     head: Any = parts["diffusion_head"]
     condition = inputs["z"].requires_grad_()
     rows = inputs["mask"].nonzero().flatten()
     clean, noise, time = (inputs[name][rows] for name in ("target", "noise", "t"))
-    schedule = Schedule.full()
-    at = schedule.at(time)
-    noised = at.signal * clean + at.noise * noise
-    output = head(noised, time, condition[rows])
-    loss = diffusion_loss(output, clean, noised, noise, time, schedule).total / len(rows)
+    table = Schedule.full().table
+    output = head(diffusion_noise(clean, noise, time, table), time, condition[rows])
+    loss = diffusion_loss(output, clean, noise, time, table, impl=pack.kernels)[0] / len(rows)
     loss.backward()
     parameters = dict(parts.named_parameters())
     grads = {f"grad.{name}": parameters[slot.parameter].grad for name, slot in slots.items()}

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reca.kernels import Impl, qk_norm_rope
 from reca.layers.attention import Segments, attention
 from reca.layers.mlp import SwiGLU
 from reca.layers.norm import RMSNorm
-from reca.layers.rotary import apply_rotary
 from reca.models.harmon.config import LLMConfig
 from reca.models.harmon.dropout import BlockDropout
 from reca.types import TensorStruct
@@ -31,6 +31,7 @@ class MarBlock(nn.Module):
         super().__init__()
         self.head_dim = dim // num_heads
         self.attention_backend = "auto"
+        self.kernels: Impl = "auto"
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -41,18 +42,19 @@ class MarBlock(nn.Module):
     def forward(self, hidden: Tensor, segments: Segments, dropout: BlockDropout | None) -> Tensor:
         """Advance packed rows [rows, dim]; `dropout` is None outside of training."""
         heads = self.qkv(self.norm1(hidden)).unflatten(-1, (3, -1, self.head_dim))
-        query, key, value = heads.unbind(1)
         if dropout is not None and dropout.attention:
-            attended = dropout.attend(query, key, value, segments)
+            attended = dropout.attend(heads, segments, self.kernels)
         else:
+            query, key, value = heads.unbind(1)
             attended = attention(query, key, value, segments, backend=self.attention_backend)
-        hidden = hidden + self._drop(self.proj(attended.flatten(1)), "attn.proj_drop", segments, dropout)
-        inner = self._drop(F.gelu(self.fc1(self.norm2(hidden))), "mlp.drop1", segments, dropout)
-        return hidden + self._drop(self.fc2(inner), "mlp.drop2", segments, dropout)
-
-    @staticmethod
-    def _drop(values: Tensor, place: str, segments: Segments, dropout: BlockDropout | None) -> Tensor:
-        return values if dropout is None else dropout.rows(values, place, segments.query_lengths)
+        projected = self.proj(attended.flatten(1))
+        if dropout is None or not dropout.projection:
+            hidden = hidden + projected
+            return hidden + self.fc2(F.gelu(self.fc1(self.norm2(hidden))))
+        hidden = dropout.add(hidden, projected, "attn.proj_drop", segments, self.kernels)
+        inner = F.gelu(self.fc1(self.norm2(hidden)))
+        inner = dropout.rows(inner, "mlp.drop1", segments, self.kernels)
+        return dropout.add(hidden, self.fc2(inner), "mlp.drop2", segments, self.kernels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class QwenLayer(nn.Module):
         self.head_dim = config.head_dim
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self.attention_backend = "auto"
+        self.kernels: Impl = "auto"
         self.input_norm = RMSNorm(dim, eps)
         self.qkv = nn.Linear(dim, sum(self.heads) * self.head_dim)
         self.o = nn.Linear(config.num_attention_heads * self.head_dim, dim, bias=False)
@@ -105,12 +108,11 @@ class QwenLayer(nn.Module):
             query, key, value = self.project(hidden, rotation)
             return self.finish(hidden, attention(query, key, value, segments, backend=self.attention_backend))
         normed, width = self.input_norm(hidden), self.heads[0] * self.head_dim
-        weight, bias = self.qkv.weight, self.qkv.bias
+        weight, bias, (heads, kv_heads, _) = self.qkv.weight, self.qkv.bias, self.heads
         query = F.linear(normed.index_select(0, readout.queries), weight[:width], bias[:width])
-        key, value = self._heads(F.linear(normed, weight[width:], bias[width:])).split(self.heads[1:], dim=1)
-        turned = [table.index_select(0, readout.queries) for table in rotation]
-        query = apply_rotary(self._heads(query), turned[0], turned[1])
-        key = apply_rotary(key, *rotation)
+        turn = rotation[0].index_select(0, readout.queries), rotation[1].index_select(0, readout.queries)
+        query = self._turn(query, turn, heads, 0)[0]
+        _, key, value = self._turn(F.linear(normed, weight[width:], bias[width:]), rotation, 0, kv_heads)
         attended = attention(query, key, value, readout.segments, backend=self.attention_backend)
         rows = readout.queries
         if readout.rows is not None:
@@ -119,14 +121,18 @@ class QwenLayer(nn.Module):
 
     def project(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """[rows, dim] -> query [rows, heads, head_dim], key, value [rows, kv_heads, head_dim], rotated."""
-        query, key, value = self._heads(self.qkv(self.input_norm(hidden))).split(self.heads, dim=1)
-        return apply_rotary(query, *rotation), apply_rotary(key, *rotation), value
+        return self._turn(self.qkv(self.input_norm(hidden)), rotation, *self.heads[:2])
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Residual stream after attention output [rows, heads, head_dim] and MLP."""
-        hidden = hidden + self.o(attended.flatten(1))
-        output: Tensor = hidden + self.mlp(self.post_norm(hidden))
+        normed, hidden = self.post_norm.add(self.o(attended.flatten(1)), hidden)
+        output: Tensor = hidden + self.mlp(normed)
         return output
 
-    def _heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (-1, self.head_dim))
+    def _turn(
+        self, projected: Tensor, rotation: tuple[Tensor, Tensor], heads: int, kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value heads of projected rows; no norm, so eps has no use."""
+        return qk_norm_rope(
+            projected, None, None, *rotation, heads=heads, kv_heads=kv_heads, eps=0.0, impl=self.kernels
+        )

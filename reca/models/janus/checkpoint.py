@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from reca.errors import CheckpointError
-from reca.files import write_atomic, write_json
+from reca.files import copy_file, write_json
 from reca.models.checkpoint import Slot, find_shards, load_slots, read_header, read_tensors, save_slots
 from reca.models.janus.config import JanusConfig
 from reca.models.janus.model import JanusModel
@@ -309,6 +309,6 @@ def save(
     save_slots(model, slots, folder / WEIGHTS, dtypes=dtype or kept, extra=unused)
     for name in _BESIDE:
         if source is not None and (source / name).is_file():
-            write_atomic(folder / name, (source / name).read_bytes())
+            copy_file(source / name, folder / name)
         elif name == "config.json":
             write_json(folder / name, official_config(model.config))

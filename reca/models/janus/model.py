@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reca.kernels import masked_token_loss
+from reca.kernels import Impl, masked_token_loss
 from reca.layers.norm import RMSNorm
 from reca.layers.rotary import rotary_table
 from reca.models.janus.batch import GenerationBatch, ImageToTextBatch, JanusBatch
@@ -54,6 +54,7 @@ class JanusModel(nn.Module):
         super().__init__()
         text, dim = config.text, config.text.hidden_size
         self.config = config
+        self.kernels: Impl = "auto"
         self.vision = VisionEncoder(config.vision)
         self.aligner = GeluMLP(config.vision.hidden_size, dim, dim)
         self.vq = VQModel(config.vq)
@@ -100,14 +101,16 @@ class JanusModel(nn.Module):
             dtype = self.activation_dtype
             if isinstance(batch, ImageToTextBatch):
                 hidden = self.norm(hidden.index_select(0, batch.predicting)).to(dtype)
-                loss = masked_token_loss(hidden, self.lm_head.weight.to(dtype), batch.labels)
+                loss = masked_token_loss(
+                    hidden, self.lm_head.weight.to(dtype), batch.labels, impl=self.kernels
+                )
             else:
                 hidden, last = (
                     self.generation_head.project(self.norm(hidden)),
                     self.generation_head.vision_head,
                 )
                 weight, bias = last.weight.to(dtype), last.bias.to(dtype)
-                loss = masked_token_loss(hidden.to(dtype), weight, codes.flatten(), bias)
+                loss = masked_token_loss(hidden.to(dtype), weight, codes.flatten(), bias, impl=self.kernels)
             return {batch.term: loss}
 
     @torch.no_grad()
@@ -145,7 +148,7 @@ class JanusModel(nn.Module):
     def transform(self, hidden: Tensor, layout: Layout) -> Tensor:
         """All layers: [rows, dim] -> [tail rows, dim], before the last norm."""
         text = self.config.text
-        rotation = rotary_table(layout.positions, text.head_dim, text.rope_theta)
+        rotation = rotary_table(layout.positions, text.head_dim, text.rope_theta, hidden.dtype)
         for layer in self.layers:
             hidden = layer(hidden, layout, rotation)
         return hidden

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from reca.errors import ConfigError, nearest
 from reca.layers.attention import Segments
+from reca.layers.implementation import set_kernels
 from reca.models.checkpoint import load_slots
 from reca.models.family import Pack, Reproduction
 from reca.models.janus.batch import (
@@ -53,6 +54,7 @@ def load_pack_model(pack: Pack) -> JanusModel:
         device=torch.device("cpu"),
         ignored=("model.vqmodel.",) if pack.kind == "i2t" else (),
     )
+    set_kernels(model, pack.kernels)
     return model
 
 

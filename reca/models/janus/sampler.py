@@ -69,7 +69,9 @@ class Continuation:
         model, passes, device = self.model, self.passes, rows.device
         start, stop = self.length, self.length + rows.shape[0] // passes
         positions = torch.arange(start, stop, device=device).repeat(passes)
-        rotation = rotary_table(positions, model.config.text.head_dim, model.config.text.rope_theta)
+        rotation = rotary_table(
+            positions, model.config.text.head_dim, model.config.text.rope_theta, rows.dtype
+        )
         segments = Segments.of([stop - start] * passes, [stop] * passes, is_causal=True).to(device)
         for index, layer in enumerate(model.blocks()):
             query, key, value = layer.project(rows, rotation)

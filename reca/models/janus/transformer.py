@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reca.kernels import Impl, qk_norm_rope
 from reca.layers.attention import Segments, attention
 from reca.layers.mlp import SwiGLU
 from reca.layers.norm import RMSNorm
-from reca.layers.rotary import apply_rotary
 from reca.models.janus.config import TextConfig
 from reca.types import TensorStruct
 
@@ -69,7 +69,9 @@ class DecoderLayer(nn.Module):
         dim, eps = config.hidden_size, config.rms_norm_eps
         self.is_last = is_last
         self.head_dim = config.head_dim
+        self.heads = config.num_attention_heads
         self.attention_backend = "auto"
+        self.kernels: Impl = "auto"
         self.input_norm = RMSNorm(dim, eps)
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.o = nn.Linear(dim, dim, bias=False)
@@ -90,25 +92,28 @@ class DecoderLayer(nn.Module):
             query, key, value = self.project(hidden, rotation)
             attended = attention(query, key, value, layout.samples, backend=self.attention_backend)
             return self.finish(hidden, attended)
-        normed, dim = self.input_norm(hidden), hidden.shape[-1]
-        key, value = self._heads(F.linear(normed, self.qkv.weight[dim:])).chunk(2, dim=1)
-        tails = layout.tail_rows
-        query = self._heads(F.linear(normed.index_select(0, tails), self.qkv.weight[:dim]))
-        query = apply_rotary(query, rotation[0][tails], rotation[1][tails])
-        key = apply_rotary(key, *rotation)
+        normed, dim, tails = self.input_norm(hidden), hidden.shape[-1], layout.tail_rows
+        _, key, value = self._turn(F.linear(normed, self.qkv.weight[dim:]), rotation, 0, self.heads)
+        query = F.linear(normed.index_select(0, tails), self.qkv.weight[:dim])
+        turn = rotation[0].index_select(0, tails), rotation[1].index_select(0, tails)
+        query = self._turn(query, turn, self.heads, 0)[0]
         attended = attention(query, key, value, layout.ends, backend=self.attention_backend)
         return self.finish(hidden.index_select(0, tails), attended)
 
     def project(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """[rows, dim] -> query, key, value, each [rows, heads, head_dim]; the first two are rotated."""
-        query, key, value = self._heads(self.qkv(self.input_norm(hidden))).chunk(3, dim=1)
-        return apply_rotary(query, *rotation), apply_rotary(key, *rotation), value
+        return self._turn(self.qkv(self.input_norm(hidden)), rotation, self.heads, self.heads)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Residual stream after attention output [rows, heads, head_dim] and the gated block."""
-        hidden = hidden + self.o(attended.flatten(1))
-        output: Tensor = hidden + self.mlp(self.post_norm(hidden))
+        normed, hidden = self.post_norm.add(self.o(attended.flatten(1)), hidden)
+        output: Tensor = hidden + self.mlp(normed)
         return output
 
-    def _heads(self, rows: Tensor) -> Tensor:
-        return rows.unflatten(-1, (-1, self.head_dim))
+    def _turn(
+        self, projected: Tensor, rotation: tuple[Tensor, Tensor], heads: int, kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value heads of projected rows; no norm, so eps has no use."""
+        return qk_norm_rope(
+            projected, None, None, *rotation, heads=heads, kv_heads=kv_heads, eps=0.0, impl=self.kernels
+        )

@@ -6,6 +6,7 @@ from reca.models.family import Family
 from reca.models.openuni.batch import OpenUniProcessor
 from reca.models.openuni.checkpoint import load, save
 from reca.models.openuni.config import VARIANTS
+from reca.models.openuni.example import example
 from reca.models.openuni.model import OpenUniModel
 from reca.models.openuni.parity import reproduce
 from reca.models.openuni.sampler import OpenUniSampler
@@ -19,4 +20,5 @@ FAMILY = Family(
     save=save,
     sampler=OpenUniSampler,
     reproduce=reproduce,
+    example=example,
 )

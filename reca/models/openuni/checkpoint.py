@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from reca.errors import CheckpointError
-from reca.files import write_json
-from reca.files.atomic import write_chunks
+from reca.files import copy_file, write_json
 from reca.models.checkpoint import PICKLED, find_shards, load_slots, read_header, save_slots
 from reca.models.openuni.config import OpenUniConfig
 from reca.models.openuni.model import OpenUniModel
@@ -38,7 +37,6 @@ from reca.models.openuni.slots import (
 WEIGHTS = "openuni.pth"
 LANGUAGE_MODEL, SANA, AUTOENCODER = "internvl", "sana", "dc-ae"
 _SHARD = "diffusion_pytorch_model.safetensors"
-_PIECE = 16 << 20
 _TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -116,7 +114,7 @@ def load(
     release = find_release(path)
     check_configuration(release, model.config)
     options: dict[str, Any] = {"device": device, "frozen_dtype": dtype, "trained_dtype": trained_dtype}
-    with_sana = _holds_sana(release.trained)
+    with_sana = _holds_sana(release.trained, model)
     if not with_sana:
         folder = _required(release.sana, release, f"{release.trained.name} comes without SANA")
         load_slots(model, sana_slots(model), folder, **options)
@@ -137,8 +135,11 @@ def _internvl_slots_of(folder: Path, config: OpenUniConfig) -> Slots:
     return internvl_slots(config)
 
 
-def _holds_sana(trained: Path) -> bool:
-    return any(name.startswith("transformer.") for name in read_header([trained]))
+def _holds_sana(trained: Path, model: OpenUniModel) -> bool:
+    """Whether a .pth is of a stage that trained SANA; strangers count as such, to be refused by name."""
+    names = read_header([trained])
+    others = trained_slots(model, with_sana=False)
+    return any(name.startswith("transformer.") for name in names) or names.keys().isdisjoint(others)
 
 
 def _required(part: Path | None, release: Release, why: str) -> Path:
@@ -270,7 +271,4 @@ def _copy(source: Path, folder: Path) -> None:
     names |= {path.name for path in source.glob("*.index.json")}
     for name in sorted(names):
         if (source / name).is_file():
-            with (source / name).open("rb") as file:
-                write_chunks(
-                    folder / name, iter(lambda: file.read(_PIECE), b""), (source / name).stat().st_size
-                )
+            copy_file(source / name, folder / name)

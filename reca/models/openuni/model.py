@@ -131,15 +131,15 @@ class OpenUniModel(nn.Module):
     def query_states(self, prompts: Prompts, embeddings: Tensor | None) -> Tensor:
         """[query rows, dim]: final states of the queries behind each prompt."""
         llm, layout = self.config.llm, prompts.layout
-        rotations = (
-            rotary_table(layout.prompt_positions, llm.head_dim, llm.rope_theta),
-            rotary_table(layout.query_positions, llm.head_dim, llm.rope_theta),
-        )
         rows = self.embed_prompts(prompts, embeddings)
+        prompt_rotation, query_rotation = (
+            rotary_table(positions, llm.head_dim, llm.rope_theta, rows.dtype)
+            for positions in (layout.prompt_positions, layout.query_positions)
+        )
         # under autocast the trained queries are fp32 beside frozen activations in bf16
         queries = self.meta_queries.repeat(layout.num_samples, 1).to(rows.dtype)
         for layer in self.layers:
-            rows, queries = layer(rows, queries, layout, rotations)
+            rows, queries = layer(rows, queries, layout, (prompt_rotation, query_rotation))
         states: Tensor = self.norm(queries)
         return states
 

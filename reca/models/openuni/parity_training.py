@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reca.layers.implementation import set_kernels
 from reca.models.checkpoint import Slot, load_slots
 from reca.models.family import Pack, Reproduction
 from reca.models.openuni.batch import (
@@ -44,6 +45,7 @@ def load_pack_model(pack: Pack) -> OpenUniModel:
     else:
         slots |= trained_slots(model) | autoencoder_slots(model, "vae.")
     load_slots(model, slots, pack.folder / "weights.safetensors", device=CPU)
+    set_kernels(model, pack.kernels)
     return model
 
 

@@ -7,16 +7,17 @@ from typing import Any, cast
 import torch
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.autoencoder_dc import AutoencoderDC
-from diffusers.models.transformers.sana_transformer import SanaTransformer2DModel
+from diffusers.models.transformers.sana_transformer import GLUMBConv, SanaTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reca.kernels import Impl, depthwise_glu, linear_attention
 from reca.models.openuni.config import AutoencoderConfig, SanaConfig
 
 _EPS = 1e-15
 
 
-class LinearAttention:
+class LinearAttention(nn.Module):
     """Attention of latent tokens with relu features, in the place of diffusers' own processor.
 
         out_i = relu(q_i) sum_j relu(k_j)^T v_j / (relu(q_i) . sum_j relu(k_j) + 1e-15)
@@ -25,7 +26,11 @@ class LinearAttention:
     values that it pads to sum the keys. Source: arXiv 2410.10629, section 2.2.
     """
 
-    def __call__(
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels: Impl = "auto"
+
+    def forward(
         self,
         attn: Attention,
         hidden_states: Tensor,
@@ -36,15 +41,29 @@ class LinearAttention:
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         if attn.norm_q is not None and attn.norm_k is not None:
             query, key = attn.norm_q(query), attn.norm_k(key)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            q, k, v = (
-                rows.to(torch.float32).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-                for rows in (F.relu(query), F.relu(key), value)
-            )  # each [images, heads, tokens, head_dim]
-            weights = q @ k.sum(dim=2)[..., None]
-            mixed = (q @ (k.mT @ v)) / (weights + _EPS)
-        out: Tensor = attn.to_out[0](mixed.transpose(1, 2).flatten(2).to(value.dtype))
+        heads = (rows.unflatten(-1, (attn.heads, -1)) for rows in (query, key, value.to(query.dtype)))
+        mixed = linear_attention(*heads, eps=_EPS, impl=self.kernels)
+        out: Tensor = attn.to_out[0](mixed.flatten(2).to(value.dtype))
         return out
+
+
+class MixFeedForward(GLUMBConv):  # type: ignore[misc]
+    """Diffusers' feed-forward block with its parameters, over token rows instead of channel planes.
+
+        y = point(value * silu(gate)),    [value; gate] = depthwise3x3(silu(inverted(x)))
+
+    Source: arXiv 2410.10629, section 2.2.
+    """
+
+    kernels: Impl = "auto"
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[images, dim, h, w] -> the same shape; tokens lie channels last in memory, so nothing is copied."""
+        inverted, depth, point = self.conv_inverted, self.conv_depth, self.conv_point
+        rows = F.linear(hidden_states.permute(0, 2, 3, 1), inverted.weight.flatten(1), inverted.bias)
+        gated = depthwise_glu(rows, depth.weight, depth.bias, activate=True, impl=self.kernels)
+        out = F.linear(gated, point.weight.flatten(1))
+        return out.permute(0, 3, 1, 2)
 
 
 def build_sana(config: SanaConfig) -> SanaTransformer2DModel:
@@ -53,6 +72,8 @@ def build_sana(config: SanaConfig) -> SanaTransformer2DModel:
     for module in sana.transformer_blocks:
         block = cast(Any, module)
         block.attn1.set_processor(LinearAttention())
+        # The parameters and their names stay those of diffusers; only the forward is ours.
+        block.ff.__class__ = MixFeedForward
     return sana
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reca.kernels import Impl, qk_norm_rope
 from reca.layers.attention import Segments, attention
 from reca.layers.mlp import MLP, SwiGLU
 from reca.layers.norm import RMSNorm
-from reca.layers.rotary import apply_rotary
 from reca.models.openuni.config import ConnectorConfig, LLMConfig
 from reca.types import TensorStruct
 
@@ -82,6 +82,7 @@ class DecoderLayer(nn.Module):
         dim, eps = config.hidden_size, config.rms_norm_eps
         self.is_last = is_last
         self.attention_backend = "auto"
+        self.kernels: Impl = "auto"
         self.head_dim = config.head_dim
         self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self.input_norm = RMSNorm(dim, eps)
@@ -123,21 +124,24 @@ class DecoderLayer(nn.Module):
         return prompts, queries
 
     def _project(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        projected = self.qkv(self.input_norm(hidden)).unflatten(-1, (-1, self.head_dim))
-        query, key, value = projected.split(self.heads, dim=1)
-        return apply_rotary(query, *rotation), apply_rotary(key, *rotation), value
+        return self._turn(self.qkv(self.input_norm(hidden)), rotation, self.heads[0])
 
     def _project_prompts(self, prompts: Tensor, rotation: Rotation) -> tuple[Tensor | None, Tensor, Tensor]:
         if not self.is_last:
             return self._project(prompts, rotation)
         skipped = self.heads[0] * self.head_dim
         projected = F.linear(self.input_norm(prompts), self.qkv.weight[skipped:], self.qkv.bias[skipped:])
-        key, value = projected.unflatten(-1, (-1, self.head_dim)).split(self.heads[1:], dim=1)
-        return None, apply_rotary(key, *rotation), value
+        return None, *self._turn(projected, rotation, 0)[1:]
+
+    def _turn(self, projected: Tensor, rotation: Rotation, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value heads of projected rows; no norm, so eps has no use."""
+        return qk_norm_rope(
+            projected, None, None, *rotation, heads=heads, kv_heads=self.heads[1], eps=0.0, impl=self.kernels
+        )
 
     def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        hidden = hidden + self.o(attended.flatten(1))
-        output: Tensor = hidden + self.mlp(self.post_norm(hidden))
+        normed, hidden = self.post_norm.add(self.o(attended.flatten(1)), hidden)
+        output: Tensor = hidden + self.mlp(normed)
         return output
 
 

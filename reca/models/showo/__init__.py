@@ -5,6 +5,7 @@ from __future__ import annotations
 from reca.models.family import Family
 from reca.models.showo.checkpoint import load, save
 from reca.models.showo.config import TASKS, VARIANTS
+from reca.models.showo.example import example
 from reca.models.showo.model import ShowoModel
 from reca.models.showo.parity import reproduce
 from reca.models.showo.processor import ShowoProcessor
@@ -19,5 +20,7 @@ FAMILY = Family(
     save=save,
     sampler=ShowoSampler,
     reproduce=reproduce,
+    example=example,
     tasks=TASKS,
+    fp32_parts=("magvit",),
 )

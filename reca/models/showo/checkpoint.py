@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from reca.errors import CheckpointError
-from reca.files import write_atomic, write_json
+from reca.files import copy_file, write_json
 from reca.models.checkpoint import Slot, find_shards, load_slots, read_header, save_slots
 from reca.models.showo.config import PhiConfig, ShowoConfig
 from reca.models.showo.model import ShowoModel
@@ -220,7 +220,7 @@ def save(
     save_slots(model, slots, folder / PICKLED, dtypes=dtype or kept)
     stated = None if source is None else (source if source.is_dir() else source.parent) / "config.json"
     if stated is not None and stated.is_file():
-        write_atomic(folder / "config.json", stated.read_bytes())
+        copy_file(stated, folder / "config.json")
     else:
         write_json(folder / "config.json", official_config(model.config))
     if source is None:
@@ -231,11 +231,11 @@ def save(
     source = source if source.is_dir() else source.parent
     for name in (MAGVIT, *((CLIP,) if model.vision is not None else ())):
         file = _part_weights(source, name)
-        write_atomic(folder / name / file.name, file.read_bytes())
+        copy_file(file, folder / name / file.name)
     for place in (source, source / PHI, source.parent / PHI):
         words = [place / name for name in TOKENIZER_FILES if (place / name).is_file()]
         for file in words:
-            write_atomic(folder / PHI / file.name, file.read_bytes())
+            copy_file(file, folder / PHI / file.name)
         if words:
             return
 

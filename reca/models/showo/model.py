@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reca.kernels import Impl, masked_token_loss
+from reca.layers.implementation import activation_dtype
 from reca.layers.rotary import rotary_table
 from reca.models.showo.batch import ImageToTextBatch, MaskedBatch, ReconstructionBatch, ShowoBatch, ShowoDraws
 from reca.models.showo.config import ShowoConfig
@@ -49,6 +51,7 @@ class ShowoModel(nn.Module):
         super().__init__()
         phi = config.phi
         self.config = config
+        self.kernels: Impl = "auto"
         self.embed_tokens = nn.Embedding(config.vocab_size, phi.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(phi) for _ in range(phi.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(phi.hidden_size, phi.layer_norm_eps)
@@ -99,8 +102,11 @@ class ShowoModel(nn.Module):
             if isinstance(batch, ImageToTextBatch):
                 hidden = hidden.index_select(0, batch.predicting)
         with span("loss"):
-            logits = self.lm_head(self.final_layernorm(hidden))
-            return {batch.term: F.cross_entropy(logits.float(), labels, reduction="sum")}
+            weight, bias = self.lm_head.weight, self.lm_head.bias
+            dtype = activation_dtype(weight)
+            normed = self.final_layernorm(hidden).to(dtype)
+            loss = masked_token_loss(normed, weight.to(dtype), labels, bias.to(dtype), impl=self.kernels)
+            return {batch.term: loss}
 
     @torch.no_grad()
     def target_codes(self, batch: ShowoBatch) -> Tensor:

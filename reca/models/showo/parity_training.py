@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reca.layers.implementation import set_kernels
 from reca.models.checkpoint import load_slots
 from reca.models.family import Pack, Reproduction
 from reca.models.showo.batch import (
@@ -80,6 +81,7 @@ def load_pack_model(pack: Pack, **changes: Any) -> ShowoModel:
     for name in pack.description["weights"]:
         if "magvit" in name:
             load_slots(model, magvit_slots(model), pack.folder / name, device=_CPU)
+    set_kernels(model, pack.kernels)
     return model
 
 

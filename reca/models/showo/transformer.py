@@ -4,18 +4,65 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from reca.kernels import Impl, qk_norm_rope
 from reca.layers.attention import Segments, attention
+from reca.layers.implementation import activation_dtype
 from reca.layers.mlp import MLP
-from reca.layers.rotary import apply_rotary
 from reca.models.showo.config import PhiConfig
 from reca.models.showo.sequence import Block
 from reca.types import TensorStruct
+
+
+class GatherBlocks(torch.autograd.Function):
+    """Keys and values of stored blocks, put together for several views; a block may stand many times.
+
+    The gradients of a block's copies are added list by list: all first copies at once, then all second ones.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, key: Tensor, value: Tensor, lengths: tuple[int, ...], views: tuple[tuple[int, ...], ...]
+    ) -> tuple[Tensor, ...]:
+        """(keys, values) of each view, one after another: [rows of its blocks, ...]."""
+        ctx.lengths, ctx.views = lengths, views
+        blocks = key.split(lengths), value.split(lengths)
+        return tuple(torch.cat([kind[i] for i in view]) for view in views for kind in blocks)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Sum over the copies of each block, in their order."""
+        rounds = list[tuple[list[Tensor], list[Tensor]]]()
+        sums = []
+        for kind in (gradients[::2], gradients[1::2]):
+            copies: list[list[Tensor]] = [[] for _ in ctx.lengths]
+            for view, gradient in zip(ctx.views, kind, strict=True):
+                for index, piece in zip(view, gradient.split([ctx.lengths[i] for i in view]), strict=True):
+                    copies[index].append(piece)
+            shape = kind[0].shape[1:]
+            total = torch.cat(
+                [
+                    found[0] if found else kind[0].new_zeros(rows, *shape)
+                    for found, rows in zip(copies, ctx.lengths, strict=True)
+                ]
+            )
+            sums.append(total)
+            for into, found in zip(total.split(ctx.lengths), copies, strict=True):
+                for number, piece in enumerate(found[1:]):
+                    if number == len(rounds):
+                        rounds.append(([], []))
+                    rounds[number][0].append(into)
+                    rounds[number][1].append(piece)
+        for into_blocks, pieces in rounds:
+            torch._foreach_add_(into_blocks, pieces)
+        return sums[0], sums[1], None, None
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +72,10 @@ class View(TensorStruct):
     segments: Segments
     sees: tuple[tuple[int, ...], ...]
 
-    def gather(self, blocks: Sequence[Tensor]) -> Tensor:
-        """[key rows, ...]: keys or values segment by segment."""
-        return torch.cat([blocks[index] for seen in self.sees for index in seen])
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """Stored blocks in the order in which their keys are attended to, segment by segment."""
+        return tuple(index for seen in self.sees for index in seen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +105,18 @@ class Plan(TensorStruct):
             views.append(View(segments, tuple(seen for _, seen in chosen)))
         return cls(*views)
 
-    def attend(self, query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], backend: str) -> Tensor:
-        """[query rows, heads, head_dim] of queries in the plan's order; keys and values block by block."""
-        rows = self.full.segments.query_rows
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], backend: str
+    ) -> Tensor:
+        """[query rows, heads, head_dim] of queries in the plan's order; `lengths`: of the stored blocks."""
+        views = (self.full, self.causal)
+        queries = query.split([view.segments.query_rows for view in views])
+        parts = [(part, view) for part, view in zip(queries, views, strict=True) if part.shape[0]]
+        gathered = GatherBlocks.apply(key, value, lengths, tuple(view.pieces for _, view in parts))  # type: ignore[no-untyped-call]
+        pairs = zip(gathered[::2], gathered[1::2], strict=True)
         outputs = [
-            attention(part, view.gather(keys), view.gather(values), view.segments, backend=backend)
-            for part, view in ((query[:rows], self.full), (query[rows:], self.causal))
-            if part.shape[0]
+            attention(part, keys, values, view.segments, backend=backend)
+            for (part, view), (keys, values) in zip(parts, pairs, strict=True)
         ]
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0] if outputs else query
 
@@ -153,6 +206,7 @@ class DecoderLayer(nn.Module):
         dim, eps = config.hidden_size, config.layer_norm_eps
         self.head_dim = config.head_dim
         self.attention_backend = "auto"
+        self.kernels: Impl = "auto"
         self.input_layernorm = nn.LayerNorm(dim, eps)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_layernorm = nn.LayerNorm(self.head_dim, eps)
@@ -173,24 +227,37 @@ class DecoderLayer(nn.Module):
 
         Returns: [rows, dim], or [chosen rows, dim].
         """
-        normed = self.input_layernorm(hidden)
-        plan, turn = layout.plan, rotation
+        # Autocast leaves the norm in fp32 and would round it twice, once for each layer that reads it.
+        normed = self.input_layernorm(hidden).to(activation_dtype(self.qkv.weight))
+        heads = hidden.shape[-1] // self.head_dim
+        plan = layout.plan
         if chosen is None:
-            query, key, value = self.qkv(normed).chunk(3, dim=-1)
+            query, key, value = self._turn(self.qkv(normed), rotation, heads, heads)
         else:
             weight, bias, dim = self.qkv.weight, self.qkv.bias, hidden.shape[-1]
-            key, value = F.linear(normed, weight[dim:], bias[dim:]).chunk(2, dim=-1)
+            projected = F.linear(normed, weight[dim:], bias[dim:])
+            _, key, value = self._turn(projected, rotation, 0, heads)
             hidden, normed = hidden.index_select(0, chosen.rows), normed.index_select(0, chosen.rows)
-            query = F.linear(normed, weight[:dim], bias[:dim])
-            plan, turn = chosen.plan, (rotation[0][chosen.rows], rotation[1][chosen.rows])
-        value = value.unflatten(-1, (-1, self.head_dim))
-        query = self._turn(query, self.q_layernorm, turn).to(value.dtype)
-        key = self._turn(key, self.k_layernorm, rotation).to(value.dtype)
-        attended = plan.attend(
-            query, key.split(layout.lengths), value.split(layout.lengths), self.attention_backend
-        )
+            turn = (rotation[0].index_select(0, chosen.rows), rotation[1].index_select(0, chosen.rows))
+            query = self._turn(F.linear(normed, weight[:dim], bias[:dim]), turn, heads, 0)[0]
+            plan = chosen.plan
+        attended = plan.attend(query, key, value, layout.lengths, self.attention_backend)
         output: Tensor = hidden + (self.dense(attended.flatten(1)) + self.mlp(normed))
         return output
 
-    def _turn(self, rows: Tensor, norm: nn.Module, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        return apply_rotary(norm(rows.unflatten(-1, (-1, self.head_dim))), *rotation)
+    def _turn(
+        self, projected: Tensor, rotation: tuple[Tensor, Tensor], heads: int, kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value heads of projected rows, normalised and rotated."""
+        return qk_norm_rope(
+            projected,
+            self.q_layernorm.weight,
+            self.k_layernorm.weight,
+            *rotation,
+            heads=heads,
+            kv_heads=kv_heads,
+            eps=self.q_layernorm.eps,
+            query_bias=self.q_layernorm.bias,
+            key_bias=self.k_layernorm.bias,
+            impl=self.kernels,
+        )

@@ -1,0 +1,30 @@
+"""Which implementation of the operators a model uses: one value, held by every module that calls one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from reca.errors import ConfigError
+from reca.kernels import Impl, can_run_fused
+
+
+def set_kernels(model: nn.Module, impl: Impl) -> None:
+    """Make every module of `model` that holds `kernels` use `impl`: `auto`, `fused` or `reference`.
+
+    Raises: ConfigError if `fused` cannot run where the model lies.
+    """
+    device = next(model.parameters()).device
+    if impl == "fused" and not can_run_fused(device):
+        raise ConfigError(
+            f"kernels=fused needs CUDA tensors, but the model is on {device.type}; use kernels=auto, or a GPU"
+        )
+    for module in model.modules():
+        if hasattr(module, "kernels"):
+            module.kernels = impl  # type: ignore[assignment]
+
+
+def activation_dtype(weight: Tensor) -> torch.dtype:
+    """What a linear layer of this weight yields here: autocast's dtype inside autocast, else its own."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
