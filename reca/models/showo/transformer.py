@@ -39,7 +39,7 @@ class GatherBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Sum over the copies of each block, in their order."""
-        rounds = list[tuple[list[Tensor], list[Tensor]]]()
+        rounds: list[tuple[list[Tensor], list[Tensor]]] = []
         sums = []
         for kind in (gradients[::2], gradients[1::2]):
             copies: list[list[Tensor]] = [[] for _ in ctx.lengths]
