@@ -212,14 +212,8 @@ def _convolution_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any], out:
     return 2 * prod(weight) * gradient[0] * prod(gradient[2:]) * (int(wanted[0]) + int(wanted[1]))
 
 
-def _masked_token_loss(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
-    (rows, width), vocab = args[0].shape, args[1].shape[0]
-    return 2 * rows * width * vocab * (1 + int(args[4]) + int(args[5]))
-
-
 _FORMULAS: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention_forward,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
     "aten::convolution_backward": _convolution_backward,
-    "reca::masked_token_loss": _masked_token_loss,
 }

@@ -154,10 +154,7 @@ def _options(
     found: list[Option] = []
     overrides: tuple[str, ...] = ()
     for change in (_half_precision, _smaller_microbatches, _recompute):
-        if (
-            sum(count.state_bytes.values()) / 1e9 + CONTEXT_GB > device.memory_gb
-            and change is not _half_precision
-        ):
+        if change is not _half_precision and _state_gb(count) + CONTEXT_GB > device.memory_gb:
             break
         if not (further := change(config, count, device)):
             continue
