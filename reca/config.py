@@ -115,6 +115,10 @@ class OptimConfig(Section):
         no_decay: parts of names; a tensor whose name contains one of them is not decayed.
         clip_norm: largest global gradient norm; None switches clipping off.
         ema: decay of the exponential moving average of the trained tensors; None keeps no average.
+        weights: of linear layers and convolutions under bf16: `exact` keeps all bits of their fp32 masters,
+            `bf16` only what the step reads, rounded up or down at random so that the mean is the master.
+        gradients: sums of the gradients of those weights: `fp32`, or `bf16`, exact for one microbatch a step.
+        moments: of AdamW: `fp32`, or `8bit` for all tensors of two or more dimensions, in blocks of 256.
         max_bad_steps: consecutive steps with a non-finite loss or gradient that are skipped before the run
             aborts.
     """
@@ -130,6 +134,9 @@ class OptimConfig(Section):
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    weights: Literal["exact", "bf16"] = "exact"
+    gradients: Literal["fp32", "bf16"] = "fp32"
+    moments: Literal["fp32", "8bit"] = "fp32"
     max_bad_steps: Positive = 5
 
     @model_validator(mode="after")
@@ -150,8 +157,8 @@ class ComputeConfig(Section):
 
     Attributes:
         device: `auto` takes CUDA when there is one.
-        precision: `fp32`, or `bf16`: frozen weights and activations in bf16, trained weights and losses in
-            fp32.
+        precision: `fp32`, or `bf16`: weights and activations in bf16, masters of the trained ones and losses
+            in fp32 (`optim.weights` has more).
         recompute: recompute each of `model.blocks()` in the backward pass instead of storing its activations.
         attention: back end of `attention()`; `auto` chooses by capability, `reca doctor` explains the choice.
         kernels: of the operators in `reca.kernels`: `fused` is Triton, `reference` plain torch that autograd
@@ -277,6 +284,12 @@ class TrainConfig(Section):
             raise ValueError(
                 f"optim.warmup_steps={self.optim.warmup_steps} must not exceed steps={self.steps}"
             )
+        for name in ("weights", "gradients"):
+            if self.compute.precision == "fp32" and getattr(self.optim, name) == "bf16":
+                raise ValueError(
+                    f"optim.{name}=bf16 would be ignored by compute.precision=fp32; "
+                    "set compute.precision=bf16, or drop it"
+                )
         if not any(self.loss_weights.values()):
             raise ValueError("loss_weights must hold at least one positive weight")
         for task in TASKS:

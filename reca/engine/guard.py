@@ -81,8 +81,8 @@ class Guard:
                 self._give_up()
 
     def _give_up(self) -> None:
-        parameters = self.state.optimizer.parameters
-        norms = {name: float(p.grad.norm()) for name, p in parameters.items() if p.grad is not None}
+        gradients = self.state.optimizer.gradients.by_name()
+        norms = {name: float(gradient.norm()) for name, gradient in gradients.items()}
         not_finite = [name for name, norm in norms.items() if not math.isfinite(norm)]
         path = self.folder / "crash.json"
         write_json(

@@ -1,22 +1,21 @@
-"""AdamW over exactly the tensors that require gradients; a bad step is skipped on the device, bit for bit."""
+"""AdamW over flat buffers of trained tensors; a bad step is skipped on the device, bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adamw import adamw
 
 from reca.config import OptimConfig
+from reca.engine.ema import Ema
+from reca.engine.gradients import Gradients
 from reca.engine.schedule import learning_rate
-from reca.errors import CheckpointError, ConfigError
+from reca.engine.weights import ALIGNMENT, Group, Weights, copy_exactly
 from reca.kernels import Impl, adamw_, runs_fused
-
-if TYPE_CHECKING:
-    from reca.engine.ema import Ema
+from reca.randomness import key_of
 
 _TINY_NORM = 1e-6  # torch.nn.utils.clip_grad_norm_ adds the same before it divides
 
@@ -37,89 +36,67 @@ class Update:
 
 
 @dataclass(slots=True)
-class _Group:
-    """Tensors that share one weight decay, with their moments; parallel lists for the fused update."""
+class _Part:
+    """All that belongs to one group of weights: buffers beside its own, and a count of updates."""
 
-    weight_decay: float
-    names: list[str] = field(default_factory=list)
-    parameters: list[Tensor] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    counters: list[Tensor] = field(default_factory=list)
+    group: Group
+    gradient: Tensor
+    first: Tensor
+    second: Tensor
+    scales: tuple[Tensor, Tensor] | None
+    counter: Tensor
 
+    @classmethod
+    def of(cls, group: Group, gradient: Tensor, counter: Tensor, config: OptimConfig) -> _Part:
+        """A part before its first update."""
+        # Vectors are few elements: nothing is gained by rounding their moments.
+        is_coded = config.moments == "8bit" and not group.is_small
+        dtype = torch.uint8 if is_coded else torch.float32
+        first, second = (torch.zeros_like(group.weight, dtype=dtype) for _ in range(2))
+        scale = gradient.new_zeros(group.count // ALIGNMENT, dtype=torch.float32)
+        return cls(group, gradient, first, second, (scale, scale.clone()) if is_coded else None, counter)
 
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter for all that require gradients. Raises ConfigError if there is none."""
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trained:
-        raise ConfigError(
-            "nothing to train: no parameter of the model requires gradients; check what the recipe freezes"
-        )
-    return trained
+    @property
+    def is_fp32(self) -> bool:
+        """Whether nothing of it is kept in fewer bits, which torch's own update wants."""
+        return self.group.weight.dtype == torch.float32 and self.scales is None
 
-
-def _decays(name: str, parameter: Tensor, config: OptimConfig) -> bool:
-    return (config.decay_vectors or parameter.ndim > 1) and not any(part in name for part in config.no_decay)
+    @property
+    def is_rounded(self) -> bool:
+        """Whether something of it is rounded at random."""
+        return self.scales is not None or (not self.is_fp32 and self.group.low is None)
 
 
 class AdamW:
     """AdamW (arXiv 1711.05101, algorithm 2) with clipping by global norm and a schedule, all on the device.
 
-    Gradients live in buffers that are allocated once and zeroed, so a tensor that a step does not reach has a
-    zero gradient, as under the sharded official training.
-
     Args:
-        parameters: name -> trained tensor, fp32.
-        config: rates, decays, clipping.
+        weights: what is trained.
+        config: rates, decays, clipping, what is stored in fewer bits.
         steps: of the whole run, for the schedule.
-        kernels: `reference` is torch's own fused update; `auto` too, but on CUDA the operator of reca.
+        kernels: `reference` is plain torch; `auto` too on a CPU, on CUDA the fused operator.
+        seed: of the random rounding of what is stored in fewer bits.
 
     Attributes:
-        parameters: name -> trained tensor, fp32.
+        weights: what is trained.
+        gradients: their sums over a step.
         updates: scalar fp32, updates applied so far; skipped steps do not count.
     """
 
     def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        config: OptimConfig,
-        steps: int,
-        kernels: Impl = "auto",
+        self, weights: Weights, config: OptimConfig, steps: int, kernels: Impl = "auto", seed: int = 0
     ) -> None:
-        for part in config.no_decay:
-            if not any(part in name for name in parameters):
-                raise ConfigError(f"optim.no_decay: no trained tensor's name contains {part!r}; drop it")
-        self.parameters = dict(parameters)
+        self.weights = weights
         self._config, self._steps, self._kernels = config, steps, kernels
-        device = next(iter(parameters.values())).device
-        counters = torch.zeros(len(parameters), dtype=torch.float32, device=device)
-        self.updates = counters[0]
-        self._counters = counters
-        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
-        groups = {decay: _Group(config.weight_decay if decay else 0.0) for decay in (True, False)}
-        for (name, parameter), counter in zip(parameters.items(), counters.unbind(), strict=True):
-            if parameter.dtype != torch.float32:
-                raise TypeError(
-                    f"AdamW: trained tensors must be float32 masters, got {parameter.dtype} for {name!r}"
-                )
-            moments = (torch.zeros_like(parameter), torch.zeros_like(parameter))
-            self._moments[name] = moments
-            parameter.grad = torch.zeros_like(parameter)
-            group = groups[_decays(name, parameter, config)]
-            group.names.append(name)
-            group.parameters.append(parameter)
-            group.exp_avgs.append(moments[0])
-            group.exp_avg_sqs.append(moments[1])
-            group.counters.append(counter)
-        self._groups = [group for group in groups.values() if group.parameters]
-
-    def gradients(self) -> list[Tensor]:
-        """The gradient buffers, in the order of `parameters`."""
-        return [gradient for p in self.parameters.values() if (gradient := p.grad) is not None]
-
-    def zero_gradients(self) -> None:
-        """Zero every gradient in place."""
-        torch._foreach_zero_(self.gradients())
+        self._key = key_of(seed, "rounding")
+        halved = torch.bfloat16 if config.gradients == "bf16" else torch.float32
+        self.gradients = Gradients(weights, halved)
+        device = weights.groups[0].weight.device
+        # One for each group, because torch's fused update counts for itself.
+        self._counters = torch.zeros(len(weights.groups), dtype=torch.float32, device=device)
+        self.updates = self._counters[0]
+        kinds = zip(weights.groups, self.gradients.flats, self._counters.unbind(), strict=True)
+        self._parts = [_Part.of(*kind, config) for kind in kinds]
 
     @torch.no_grad()
     def step(self, loss: Tensor, ema: Ema | None = None) -> Update:
@@ -131,105 +108,98 @@ class AdamW:
 
         Returns: device scalars; the host reads nothing.
         """
-        grad_norm = torch.nn.utils.get_total_norm(self.gradients(), foreach=True)
+        grad_norm = self.gradients.norm()
         skipped = ~(torch.isfinite(grad_norm) & torch.isfinite(loss))
         lr = learning_rate(self.updates, self._config, self._steps)
         clip = self._config.clip_norm
         divisor = None if clip is None else ((grad_norm + _TINY_NORM) / clip).clamp(min=1.0)
-        # On a CPU torch's vectorised update takes an eighth of the time: quickstart, 1.6 ms against 12.4 ms.
-        if runs_fused(self._kernels, grad_norm.device):
-            self._update_in_one_pass(lr, divisor, skipped, ema)
-        else:
-            self._update(lr, divisor, skipped)
-            if ema is not None:
-                ema.update(skipped)
+        for index, part in enumerate(self._parts):
+            # On a CPU torch's vectorised update takes an eighth of the time: quickstart, 1.6 against 12.4 ms.
+            if part.is_fp32 and not runs_fused(self._kernels, grad_norm.device):
+                self._update(part, lr, divisor, skipped)
+                if ema is not None:
+                    ema.update_group(index, skipped)
+            else:
+                average = None if ema is None else (ema.flats[index], ema.decay)
+                self._update_in_one_pass(part, lr, divisor, skipped, average)
         return Update(lr=lr, grad_norm=grad_norm, skipped=skipped)
 
-    def _update(self, lr: Tensor, divisor: Tensor | None, skipped: Tensor) -> None:
-        """Torch's fused update of lists of tensors, which counts the updates itself."""
-        beta1, beta2 = self._config.betas
-        for group in self._groups:
-            # The fused kernel divides by `grad_scale` as it reads, and where `found_inf` is set it changes
-            # nothing: clipping and skipping cost no pass over memory and no look from the host.
-            adamw(
-                group.parameters,
-                [gradient for p in group.parameters if (gradient := p.grad) is not None],
-                group.exp_avgs,
-                group.exp_avg_sqs,
-                [],
-                group.counters,
-                fused=True,
-                grad_scale=divisor,
-                found_inf=skipped.to(torch.float32),
-                amsgrad=False,
-                maximize=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=lr,
-                weight_decay=group.weight_decay,
-                eps=self._config.eps,
-            )
+    def _weight_decay(self, part: _Part) -> float:
+        return self._config.weight_decay if part.group.decays else 0.0
+
+    def _update(self, part: _Part, lr: Tensor, divisor: Tensor | None, skipped: Tensor) -> None:
+        """Torch's fused update, which counts the updates itself."""
+        # It divides by `grad_scale` as it reads, and where `found_inf` is set it changes nothing: clipping
+        # and skipping cost no pass over memory and no look from the host.
+        adamw(
+            [part.group.weight],
+            [part.gradient],
+            [part.first],
+            [part.second],
+            [],
+            [part.counter],
+            fused=True,
+            grad_scale=divisor,
+            found_inf=skipped.to(torch.float32),
+            amsgrad=False,
+            maximize=False,
+            beta1=self._config.betas[0],
+            beta2=self._config.betas[1],
+            lr=lr,
+            weight_decay=self._weight_decay(part),
+            eps=self._config.eps,
+        )
 
     def _update_in_one_pass(
-        self, lr: Tensor, divisor: Tensor | None, skipped: Tensor, ema: Ema | None
+        self,
+        part: _Part,
+        lr: Tensor,
+        divisor: Tensor | None,
+        skipped: Tensor,
+        average: tuple[Tensor, float] | None,
     ) -> None:
-        """Clipping, update and average of each tensor in one pass over memory."""
-        averages = {} if ema is None else ema.state()
-        for group in self._groups:
-            moments = zip(group.exp_avgs, group.exp_avg_sqs, strict=True)
-            for name, parameter, (exp_avg, exp_avg_sq) in zip(
-                group.names, group.parameters, moments, strict=True
-            ):
-                assert parameter.grad is not None
-                average = averages.get(name)
-                adamw_(
-                    parameter.view(-1),
-                    parameter.grad.view(-1),
-                    exp_avg.view(-1),
-                    exp_avg_sq.view(-1),
-                    lr=lr,
-                    updates=self.updates,
-                    betas=self._config.betas,
-                    eps=self._config.eps,
-                    weight_decay=group.weight_decay,
-                    divisor=divisor,
-                    skipped=skipped,
-                    ema=None if average is None else average.view(-1),
-                    ema_decay=0.0 if ema is None else ema.decay,
-                    impl=self._kernels,
-                )
-        self._counters.add_((~skipped).to(torch.float32))
+        """Clipping, update and average in one pass over memory, in however many bits things are kept."""
+        ema, ema_decay = average or (None, 0.0)
+        adamw_(
+            part.group.weight,
+            part.gradient,
+            part.first,
+            part.second,
+            lr=lr,
+            updates=part.counter,
+            betas=self._config.betas,
+            eps=self._config.eps,
+            weight_decay=self._weight_decay(part),
+            divisor=divisor,
+            skipped=skipped,
+            low=part.group.low,
+            ema=ema,
+            ema_decay=ema_decay,
+            moment_scales=part.scales,
+            key=self._key,
+            step=part.counter.to(torch.int64) if part.is_rounded else None,
+            offset=part.group.start,
+            impl=self._kernels,
+        )
+        part.counter.add_((~skipped).to(torch.float32))
 
     def state(self) -> dict[str, Tensor]:
-        """The moments as named tensors: `exp_avg/<name>` and `exp_avg_sq/<name>`; `updates` travels apart."""
-        first = {f"exp_avg/{name}": moments[0] for name, moments in self._moments.items()}
-        return first | {f"exp_avg_sq/{name}": moments[1] for name, moments in self._moments.items()}
+        """Moments: `exp_avg/<name>`, `exp_avg_sq/<name>`, and where those are codes `..._scale/<name>` too.
+
+        `updates` travels apart.
+        """
+        first = self.weights.by_name([part.first for part in self._parts])
+        second = self.weights.by_name([part.second for part in self._parts])
+        found = {f"exp_avg/{name}": view for name, view in first.items()}
+        found |= {f"exp_avg_sq/{name}": view for name, view in second.items()}
+        for part in self._parts:
+            for slot in part.group.slots if part.scales is not None else ():
+                blocks = slice(slot.start // ALIGNMENT, (slot.start + slot.padded) // ALIGNMENT)
+                for kind, scale in zip(("exp_avg", "exp_avg_sq"), part.scales or (), strict=True):
+                    found[f"{kind}_scale/{slot.name}"] = scale[blocks]
+        return found
 
     def restore(self, tensors: Mapping[str, Tensor], updates: int) -> None:
         """Continue from `state()` and `updates`. Raises CheckpointError unless names and shapes agree."""
         copy_exactly("optimizer state", self.state(), tensors)
         self._counters.fill_(updates)
-
-
-@torch.no_grad()
-def copy_exactly(what: str, into: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
-    """Copy named tensors in place. Raises CheckpointError, before any copy, unless all of them fit."""
-    missing, unexpected = into.keys() - source.keys(), source.keys() - into.keys()
-    if missing or unexpected:
-        raise CheckpointError(
-            f"checkpoint: the {what} does not fit the model: {_listed('missing', missing)}, "
-            f"{_listed('unexpected', unexpected)}; resume with the configuration it was written with"
-        )
-    for name, tensor in into.items():
-        if tensor.shape != source[name].shape or tensor.dtype != source[name].dtype:
-            raise CheckpointError(
-                f"checkpoint: {what} {name!r} must be {tuple(tensor.shape)} {tensor.dtype}, "
-                f"got {tuple(source[name].shape)} {source[name].dtype}"
-            )
-    for name, tensor in into.items():
-        tensor.copy_(source[name])
-
-
-def _listed(label: str, names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return f"{len(ordered)} {label}" + (f" (first {ordered[0]!r})" if ordered else "")

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from reca.config import ComputeConfig, TrainConfig
 from reca.engine.checkpoint import CheckpointState
 from reca.engine.ema import Ema
-from reca.engine.optim import AdamW, copy_exactly, trained_parameters
+from reca.engine.optim import AdamW
+from reca.engine.weights import Weights, read_in_bf16, trained_parameters
 from reca.errors import CheckpointError, ConfigError
 
 
@@ -62,7 +63,7 @@ class TrainState:
 
     Attributes:
         config: the run's configuration.
-        model: a `ReconstructionModel`; its trained tensors are fp32 masters.
+        model: a `ReconstructionModel`; the optimizer's `weights` hold the masters of its trained tensors.
         optimizer: moments and update counter of the trained tensors.
         ema: their average, or None.
         step: optimizer steps done, skipped ones included.
@@ -80,16 +81,22 @@ class TrainState:
     def start(cls, model: nn.Module, config: TrainConfig, device: torch.device) -> TrainState:
         """The state before step 1: the model moved and cast, moments zero, the average at the weights."""
         prepare_weights(model, device)
-        parameters = trained_parameters(model)
-        optim = config.optim
-        ema = Ema(parameters, optim.ema) if optim.ema is not None else None
-        return cls(config, model, AdamW(parameters, optim, config.steps, config.compute.kernels), ema)
+        return cls.of(model, config)
+
+    @classmethod
+    def of(cls, model: nn.Module, config: TrainConfig) -> TrainState:
+        """The state before step 1 of a model that lies where it shall, its trained tensors in fp32."""
+        optim, compute = config.optim, config.compute
+        halves = read_in_bf16(model) if compute.precision == "bf16" else ()
+        weights = Weights(trained_parameters(model), optim, halves)
+        ema = Ema(weights, optim.ema) if optim.ema is not None else None
+        return cls(config, model, AdamW(weights, optim, config.steps, compute.kernels, config.seed), ema)
 
     def to_checkpoint(self, identity: Mapping[str, Any]) -> CheckpointState:
         """Every tensor a resume needs, not copied, and the counters; `identity`: what the run is made of."""
         return CheckpointState(
             step=self.step,
-            model={name: p.detach() for name, p in self.optimizer.parameters.items()},
+            model=self.optimizer.weights.masters(),
             optimizer=self.optimizer.state(),
             ema=self.ema.state() if self.ema is not None else {},
             meta={
@@ -101,9 +108,7 @@ class TrainState:
 
     def restore(self, saved: CheckpointState) -> None:
         """Continue from a checkpoint, bit for bit. Raises CheckpointError if something does not fit."""
-        copy_exactly(
-            "weights", {name: p.detach() for name, p in self.optimizer.parameters.items()}, saved.model
-        )
+        self.optimizer.weights.restore(saved.model)
         self.optimizer.restore(saved.optimizer, saved.meta["updates"])
         if self.ema is not None:
             self.ema.restore(saved.ema)

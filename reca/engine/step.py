@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,6 +65,7 @@ def accumulate_gradients(
     *,
     normalize: Normalize = "global",
     precision: Precision = "fp32",
+    collect: Callable[[], None] = lambda: None,
 ) -> StepLoss:
     """Add the gradients of one step to `.grad`; how the step is cut into microbatches does not matter.
 
@@ -79,6 +80,7 @@ def accumulate_gradients(
         weights: exactly the names that the model yields -> weight; a term of weight 0 is only measured.
         normalize: what each term's sum is divided by.
         precision: arithmetic of the forward pass.
+        collect: called after the backward pass of each microbatch.
 
     Returns: device scalars; the host reads nothing.
     Raises: ConfigError if the names of `weights` and of the model's terms differ.
@@ -99,6 +101,7 @@ def accumulate_gradients(
             # A microbatch whose labels are all ignored may not reach any weight.
             if total.requires_grad:
                 torch.autograd.backward(total)
+            collect()
         for name, loss in losses.items():
             terms[name] = terms[name] + loss.detach() if name in terms else loss.detach()
     _all_reduce([terms[name] for name in sorted(terms)])
@@ -116,17 +119,20 @@ def train_step(state: TrainState, microbatches: Sequence[Batch]) -> StepMetrics:
     random = RandomSource(config.seed, state.step + 1)
     with span("draw"), torch.no_grad():
         draws = [model.draw(batch, random) for batch in microbatches]
-    state.optimizer.zero_gradients()
-    loss = accumulate_gradients(
-        model,
-        microbatches,
-        draws,
-        config.loss_weights,
-        normalize=config.normalize,
-        precision=config.compute.precision,
-    )
+    gradients = state.optimizer.gradients
+    gradients.zero()
+    with gradients.attached():
+        loss = accumulate_gradients(
+            model,
+            microbatches,
+            draws,
+            config.loss_weights,
+            normalize=config.normalize,
+            precision=config.compute.precision,
+            collect=gradients.collect,
+        )
     with span("optimizer"):
-        _all_reduce(state.optimizer.gradients())
+        _all_reduce(gradients.flats)
         update = state.optimizer.step(loss.total, state.ema)
     state.step += 1
     return StepMetrics(loss.total, loss.terms, update.lr, update.grad_norm, update.skipped)

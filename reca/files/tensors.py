@@ -45,26 +45,26 @@ def _code(name: str, tensor: Tensor) -> str:
     return code
 
 
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[Tensor], int]:
-    """The length and JSON header, the tensors in the order of the payload, and the bytes of the payload."""
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str], int]:
+    """The length and JSON header, the names in the order of the payload, and the bytes of the payload."""
+    specs = {
+        name: (tensor.element_size(), tensor.nbytes, _code(name, tensor), list(tensor.shape))
+        for name, tensor in tensors.items()
+    }
     # Wide dtypes first, as in the library: every tensor is then aligned to its own element size.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    ordered = sorted(specs, key=lambda name: (-specs[name][0], name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
-    for name, tensor in ordered:
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _code(name, tensor),
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
+    for name in ordered:
+        _, size, code, shape = specs[name]
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, [tensor for _, tensor in ordered], offset
+    return len(text).to_bytes(8, "little") + text, ordered, offset
 
 
-def _pieces(header: bytes, tensors: list[Tensor]) -> Iterator[bytes | memoryview]:
+def _pieces(header: bytes, tensors: Iterator[Tensor]) -> Iterator[bytes | memoryview]:
     import torch
 
     yield header
@@ -85,7 +85,8 @@ def write_safetensors(
     Raises: DiskError if the file system refuses; TypeError for a dtype that the format does not know.
     """
     header, ordered, payload = _header(tensors, metadata or {})
-    write_chunks(path, _pieces(header, ordered), len(header) + payload)
+    # One at a time: a mapping may make its tensors only when it is asked for them.
+    write_chunks(path, _pieces(header, (tensors[name] for name in ordered)), len(header) + payload)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from reca.config import ComputeConfig, TrainConfig
 from reca.data.loader import Reject
 from reca.engine.checkpoint import find_latest, load_checkpoint
 from reca.engine.journal import CHECKPOINTS
 from reca.engine.loop import run
-from reca.engine.optim import copy_exactly, trained_parameters
+from reca.engine.weights import copy_exactly, trained_parameters
 from reca.errors import CheckpointError, ConfigError
 from reca.files import JsonLines
 from reca.recipes.assemble import Loaded, assemble, load_model, weights_fingerprint
@@ -126,7 +128,12 @@ def load_run(
             f"the weights in {loaded.weights} are not those that {folder} started from; put those back"
         )
     trained = {name: parameter.detach() for name, parameter in trained_parameters(loaded.model).items()}
-    copy_exactly("weights", trained, saved.ema if average else saved.model)
+    # With optim.weights=bf16 there is no more of them than that.
+    source = {
+        name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+        for name, tensor in (saved.ema if average else saved.model).items()
+    }
+    copy_exactly("weights", trained, source)
     return LoadedRun(config, saved.step, bool(saved.ema), loaded)
 
 

@@ -6,11 +6,16 @@ import pytest
 import torch
 from toy import ToyModel
 
+from reca.config import OptimConfig
 from reca.engine.ema import Ema
-from reca.engine.optim import trained_parameters
+from reca.engine.weights import Weights, trained_parameters
 from reca.errors import CheckpointError
 
 TAKEN, SKIPPED = torch.tensor(False), torch.tensor(True)
+
+
+def average_of(model: ToyModel, decay: float) -> Ema:
+    return Ema(Weights(trained_parameters(model), OptimConfig()), decay)
 
 
 def moved(model: ToyModel, seed: int) -> None:
@@ -22,7 +27,7 @@ def moved(model: ToyModel, seed: int) -> None:
 
 def test_only_trained_tensors_are_averaged_and_it_starts_at_the_weights() -> None:
     model = ToyModel()
-    ema = Ema(trained_parameters(model), 0.9)
+    ema = average_of(model, 0.9)
     assert set(ema.state()) == set(trained_parameters(model))
     for name, parameter in trained_parameters(model).items():
         assert torch.equal(ema.state()[name], parameter)
@@ -31,7 +36,7 @@ def test_only_trained_tensors_are_averaged_and_it_starts_at_the_weights() -> Non
 
 def test_the_average_follows_its_recurrence() -> None:
     model = ToyModel()
-    ema = Ema(trained_parameters(model), 0.75)
+    ema = average_of(model, 0.75)
     expected = {name: p.detach().double() for name, p in trained_parameters(model).items()}
     for step in range(4):
         moved(model, step)
@@ -47,7 +52,7 @@ def test_a_skipped_step_changes_no_bit_of_the_average_not_even_the_sign_of_zero(
     model = ToyModel()
     with torch.no_grad():
         model.head.bias.fill_(-0.0)
-    ema = Ema(trained_parameters(model), 0.9)
+    ema = average_of(model, 0.9)
     with torch.no_grad():
         model.head.bias.fill_(1.0)
     before = {name: average.clone() for name, average in ema.state().items()}
@@ -58,7 +63,7 @@ def test_a_skipped_step_changes_no_bit_of_the_average_not_even_the_sign_of_zero(
 
 def test_the_model_computes_with_the_average_only_inside_the_context() -> None:
     model = ToyModel()
-    ema = Ema(trained_parameters(model), 0.5)
+    ema = average_of(model, 0.5)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     moved(model, 0)
     now = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -70,7 +75,7 @@ def test_the_model_computes_with_the_average_only_inside_the_context() -> None:
 
 def test_the_weights_come_back_when_the_evaluation_fails() -> None:
     model = ToyModel()
-    ema = Ema(trained_parameters(model), 0.5)
+    ema = average_of(model, 0.5)
     moved(model, 0)
     now = model.head.weight.detach().clone()
     with pytest.raises(RuntimeError, match="boom"), ema.applied():
@@ -81,7 +86,7 @@ def test_the_weights_come_back_when_the_evaluation_fails() -> None:
 
 
 def test_an_average_that_does_not_fit_is_refused() -> None:
-    ema = Ema(trained_parameters(ToyModel()), 0.5)
+    ema = average_of(ToyModel(), 0.5)
     with pytest.raises(
         CheckpointError, match=r"the average does not fit the model: 6 missing \(first 'first.0.bias'\)"
     ):

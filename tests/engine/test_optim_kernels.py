@@ -10,7 +10,8 @@ from toy import ToyModel
 from reca.config import OptimConfig
 from reca.engine import optim
 from reca.engine.ema import Ema
-from reca.engine.optim import AdamW, trained_parameters
+from reca.engine.optim import AdamW
+from reca.engine.weights import Weights, trained_parameters
 
 CONFIG = OptimConfig(lr=1e-2, eps=1e-8, weight_decay=0.1, clip_norm=0.7, warmup_steps=2)
 DECAY = 0.9
@@ -25,18 +26,18 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(kernels: str, losses: list[float]) -> tuple[AdamW, Ema]:
     """A few steps with drawn gradients; a loss that is not finite skips its step."""
     model = ToyModel()
-    parameters = trained_parameters(model)
-    optimizer, ema = AdamW(parameters, CONFIG, 20, kernels), Ema(parameters, DECAY)  # type: ignore[arg-type]
+    weights = Weights(trained_parameters(model), CONFIG)
+    optimizer, ema = AdamW(weights, CONFIG, 20, kernels), Ema(weights, DECAY)  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(0)
     for loss in losses:
-        for gradient in optimizer.gradients():
+        for gradient in optimizer.gradients.by_name().values():
             gradient.copy_(torch.randn(gradient.shape, generator=generator))
         optimizer.step(torch.tensor(loss), ema)
     return optimizer, ema
 
 
 def everything(optimizer: AdamW, ema: Ema) -> dict[str, Tensor]:
-    weights = {f"weight/{name}": p.detach() for name, p in optimizer.parameters.items()}
+    weights = {f"weight/{name}": p.detach() for name, p in optimizer.weights.parameters.items()}
     averages = {f"ema/{name}": average for name, average in ema.state().items()}
     return weights | averages | optimizer.state() | {"updates": optimizer.updates}
 
@@ -62,18 +63,16 @@ def test_a_step_that_is_not_finite_changes_no_bit_and_does_not_count() -> None:
 def test_a_run_continues_bit_for_bit_from_its_state() -> None:
     whole, _ = run("auto", [1.0] * 4)
     first, _ = run("auto", [1.0] * 3)
-    resumed = AdamW(trained_parameters(ToyModel()), CONFIG, 20)
-    with torch.no_grad():
-        for name, parameter in first.parameters.items():
-            resumed.parameters[name].copy_(parameter)
+    resumed = AdamW(Weights(trained_parameters(ToyModel()), CONFIG), CONFIG, 20)
+    resumed.weights.restore(first.weights.masters())
     resumed.restore(first.state(), int(first.updates))
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):  # the gradients of the fourth step
-        for gradient in resumed.gradients():
+        for gradient in resumed.gradients.by_name().values():
             gradient.copy_(torch.randn(gradient.shape, generator=generator))
     resumed.step(torch.tensor(1.0))
-    for name, parameter in whole.parameters.items():
-        assert torch.equal(resumed.parameters[name], parameter), name
+    for name, parameter in whole.weights.parameters.items():
+        assert torch.equal(resumed.weights.parameters[name], parameter), name
 
 
 def test_on_a_cpu_torch_updates_whatever_is_asked_for_but_fused() -> None:

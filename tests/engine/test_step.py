@@ -18,8 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import DIM, ToyBatch, ToyModel, toy_batch, toy_config
 
 from reca.config import ComputeConfig
-from reca.engine.ema import Ema
-from reca.engine.optim import AdamW, trained_parameters
 from reca.engine.state import TrainState, recomputed
 from reca.engine.step import StepLoss, accumulate_gradients, train_step
 from reca.errors import ConfigError
@@ -166,7 +164,7 @@ def test_a_bad_step_changes_no_bit_of_weights_moments_average_and_schedule(bad: 
 
 def everything(state: TrainState) -> dict[str, Tensor]:
     assert state.ema is not None
-    tensors = {f"weight/{name}": p.detach() for name, p in state.optimizer.parameters.items()}
+    tensors = {f"weight/{name}": p.detach() for name, p in state.optimizer.weights.parameters.items()}
     tensors |= state.optimizer.state() | {f"ema/{name}": t for name, t in state.ema.state().items()}
     return tensors | {"updates": state.optimizer.updates.reshape(1)}
 
@@ -217,9 +215,7 @@ def test_the_ban_on_reads_catches_each_way_of_reading(read: Any) -> None:
 
 def test_a_step_runs_on_tensors_without_values() -> None:
     with FakeTensorMode():
-        model, config = ToyModel(), toy_config()
-        trained = trained_parameters(model)
-        state = TrainState(config, model, AdamW(trained, config.optim, config.steps), Ema(trained, 0.9))
+        state = TrainState.of(ToyModel(), toy_config())
         metrics = train_step(state, [toy_batch(range(4)), toy_batch(range(4, 6))])
     assert metrics.loss.shape == metrics.grad_norm.shape == metrics.lr.shape == metrics.skipped.shape == ()
 
@@ -254,7 +250,7 @@ def test_a_bad_step_on_the_gpu_changes_no_bit(bad: float) -> None:
         assert torch.equal(tensor.view(torch.int32), before[name].view(torch.int32)), name
 
 
-def test_bf16_computes_in_bf16_with_trained_weights_in_fp32_and_frozen_ones_as_loaded() -> None:
+def test_bf16_computes_in_bf16_with_fp32_masters_and_frozen_weights_as_loaded() -> None:
     config = toy_config(compute=ComputeConfig(precision="bf16"))
     seen: list[torch.dtype] = []
     model = ToyModel()
@@ -265,7 +261,8 @@ def test_bf16_computes_in_bf16_with_trained_weights_in_fp32_and_frozen_ones_as_l
     loss = train_step(state, [toy_batch(range(6))]).loss
     assert seen == [torch.bfloat16]
     assert model.encoder.weight.dtype == torch.bfloat16
-    assert {p.dtype for p in state.optimizer.parameters.values()} == {torch.float32}
+    assert {p.dtype for p in state.optimizer.weights.parameters.values()} == {torch.bfloat16}
+    assert {p.dtype for p in state.optimizer.weights.masters().values()} == {torch.float32}
     assert loss.dtype == torch.float32
     assert float(loss) == pytest.approx(float(train_step(exact, [toy_batch(range(6))]).loss), rel=2e-2)
 

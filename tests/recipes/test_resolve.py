@@ -52,6 +52,8 @@ def test_the_written_configuration_names_each_origin() -> None:
         ("steps=0", "steps: Input should be greater than 0, got 0"),
         ("compute.precision=fp8", "compute.precision: Input should be 'fp32' or 'bf16', got 'fp8'"),
         ("optim.min_lr=1e-6", "min_lr would be ignored by schedule=constant"),
+        ("optim.weights=bf16", "optim.weights=bf16 would be ignored by compute.precision=fp32"),
+        ("optim.gradients=bf16", "set compute.precision=bf16, or drop it"),
         ("optim.warmup_steps=100000", "must not exceed steps"),
         ("loss_weights.reconstruction=0", "at least one positive weight"),
         ("data.tokens=99999999", "must not exceed max_tokens"),

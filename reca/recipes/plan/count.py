@@ -15,8 +15,6 @@ from reca.config import TASKS, StreamConfig, TrainConfig
 from reca.data.loader import pack_limits
 from reca.data.mixture import text_streams
 from reca.data.packing import Packer
-from reca.engine.ema import Ema
-from reca.engine.optim import AdamW, trained_parameters
 from reca.engine.state import TrainState, recomputed
 from reca.engine.step import accumulate_gradients
 from reca.errors import ConfigError
@@ -120,7 +118,8 @@ def count_step(config: TrainConfig, on_progress: Callable[[str], None] = lambda 
         cast_like_load(model, family, config)
         set_attention_backend(model, "reference" if config.compute.attention == "reference" else "sdpa")
         set_kernels(model, "reference" if config.compute.kernels == "reference" else "auto")
-        state = _start(model, config)
+        # Not `TrainState.start`: moving a module between devices fails for tensors without values.
+        state = TrainState.of(model, config)
         parts = []
         with recomputed(model.blocks(), config.compute.recompute):
             for task, times, real in examples:
@@ -179,22 +178,16 @@ def _cut(samples: int, micro_images: int | None) -> dict[int, int]:
     return {size: whole} | ({rest: 1} if rest else {})
 
 
-def _start(model: nn.Module, config: TrainConfig) -> TrainState:
-    # Not `TrainState.start`: moving a module between devices fails for tensors without values.
-    trained, optim = trained_parameters(model), config.optim
-    ema = Ema(trained, optim.ema) if optim.ema is not None else None
-    return TrainState(config, model, AdamW(trained, optim, config.steps), ema)
-
-
 def _count_microbatch(
     state: TrainState, task: str, times: int, real: Batch, mode: FakeTensorMode
 ) -> Microbatch:
-    """Draw, forward and backward of one microbatch; gradients are there already, as in every step."""
+    """Draw, forward and backward of one microbatch."""
     batch = real.map(mode.from_tensor)
     with LaunchCounter() as drawing, torch.no_grad():
         draws = state.model.draw(batch, RandomSource(state.config.seed, 1))
     weights = {name: state.config.loss_weights[name] for name in draws.counts}
-    with LaunchCounter() as counter:
+    gradients = state.optimizer.gradients
+    with gradients.attached(), LaunchCounter() as counter:
         accumulate_gradients(
             state.model,
             [batch],
@@ -202,6 +195,7 @@ def _count_microbatch(
             weights,
             normalize=state.config.normalize,
             precision=state.config.compute.precision,
+            collect=gradients.collect,
         )
     return Microbatch(
         task=task,
@@ -216,22 +210,22 @@ def _count_microbatch(
 
 def _count_optimizer(state: TrainState) -> tuple[Counter[Launch], int]:
     with LaunchCounter() as counter:
-        state.optimizer.zero_gradients()
-        update = state.optimizer.step(torch.zeros(()))
-        if state.ema is not None:
-            state.ema.update(update.skipped)
+        state.optimizer.gradients.zero()
+        state.optimizer.step(torch.zeros(()), state.ema)
     return counter.launches, counter.peak_bytes
 
 
 def _state_bytes(state: TrainState) -> dict[str, int]:
-    trained = list(state.optimizer.parameters.values())
+    optimizer = state.optimizer
     frozen = [p for p in state.model.parameters() if not p.requires_grad]
+    lows = [group.low for group in optimizer.weights.groups if group.low is not None]
     return {
-        "trained weights": _bytes(trained),
+        "trained weights": _bytes(group.weight for group in optimizer.weights.groups),
+        "low halves of their masters": _bytes(lows),
         "frozen weights": _bytes([*frozen, *state.model.buffers()]),
-        "gradients": _bytes(state.optimizer.gradients()),
-        "AdamW moments": _bytes(state.optimizer.state().values()),
-        "average of the weights": _bytes(state.ema.state().values()) if state.ema is not None else 0,
+        "gradients": _bytes(optimizer.gradients.flats),
+        "AdamW moments": _bytes(optimizer.state().values()),
+        "average of the weights": _bytes(state.ema.flats) if state.ema is not None else 0,
     }
 
 
