@@ -131,6 +131,7 @@ def _memory_message(place: str, config: TrainConfig) -> str:
         (not config.compute.recompute, "compute.recompute=true (about a third more time)"),
         (config.compute.precision == "fp32", "compute.precision=bf16 (half the activations)"),
         (config.optim.ema is not None, "optim.ema=null (one copy of the trained weights less)"),
+        (config.optim.moments == "fp32", "optim.moments=8bit in a new run (a quarter of AdamW's moments)"),
         (True, f"data.max_sample_tokens={config.data.max_sample_tokens // 2} (rejects longer samples)"),
         (place == "host" and config.data.workers > 0, f"data.workers={config.data.workers // 2}"),
         (True, "a device with more memory (`reca plan` names those that fit)"),

@@ -196,8 +196,25 @@ def test_microbatches_are_left_alone_where_they_change_gradients(monkeypatch: py
     assert [option.overrides for option in result.options] == [("compute.recompute=true",)]
 
 
-def test_nothing_is_proposed_where_the_state_alone_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert tiny_plan(monkeypatch, 1e-3).options == ()
+SMALL_STATE = ("optim.moments=8bit", "optim.weights=bf16", "optim.gradients=bf16")
+
+
+def test_only_a_smaller_state_is_proposed_where_the_state_alone_is_too_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    result = tiny_plan(monkeypatch, 1e-3)
+    assert [option.overrides for option in result.options] == [SMALL_STATE[:1], SMALL_STATE]
+    assert not any(option.fits for option in result.options)
+
+
+def test_recomputing_is_dropped_again_where_a_smaller_state_makes_it_needless(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one = ("data.micro_images=1", "optim.moments=8bit")  # weights are most of what is left
+    small = tiny_plan(monkeypatch, 1.0, *one, *SMALL_STATE)
+    options = tiny_plan(monkeypatch, small.peak_memory_gb * 1.001, *one).options
+    assert any(option.fits and "compute.recompute=true" in option.overrides for option in options)
+    assert options[-1].overrides == SMALL_STATE[1:] and options[-1].fits
 
 
 def test_memory_is_listed_part_by_part() -> None:

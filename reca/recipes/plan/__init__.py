@@ -150,24 +150,37 @@ def basis(device: Device) -> str:
 def _options(
     config: TrainConfig, count: StepCount, device: Device, on_progress: Callable[[str], None]
 ) -> tuple[Option, ...]:
-    """What exists today to make a run smaller, one upon the other until it fits."""
+    """What makes a run smaller, one change upon the other until it fits: first what changes no result."""
     found: list[Option] = []
     overrides: tuple[str, ...] = ()
-    for change in (_half_precision, _smaller_microbatches, _recompute):
-        if change is not _half_precision and _state_gb(count) + CONTEXT_GB > device.memory_gb:
+    changes = [_half_precision, _smaller_microbatches, _recompute, _coded_moments, _short_weights]
+    while changes and not (found and found[-1].fits):
+        is_hopeless = _state_gb(count) + CONTEXT_GB > device.memory_gb
+        change = next((c for c in changes if not is_hopeless or c in _SAVE_STATE), None)
+        if change is None:
             break
+        changes.remove(change)
         if not (further := change(config, count, device)):
             continue
         overrides = (*overrides, *further)
         on_progress(f"too large for this GPU; trying {' '.join(overrides)}")
         config = _with(config, further)
-        count = count_step(config)
-        peak = sum(memory_parts(count).values())
-        rate = count.images / seconds_per_step(count, device)
-        found.append(Option(overrides, peak, rate, peak <= device.memory_gb))
-        if found[-1].fits:
-            break
+        option, count = _option(config, overrides, device)
+        found.append(option)
+    recompute = "compute.recompute=true"
+    if found and found[-1].fits and recompute in overrides[:-1]:
+        fewer = tuple(override for override in overrides if override != recompute)
+        on_progress(f"it fits; trying {' '.join(fewer)}")
+        option, _ = _option(_with(config, ["compute.recompute=false"]), fewer, device)
+        found += [option] if option.fits else []
     return tuple(found)
+
+
+def _option(config: TrainConfig, overrides: tuple[str, ...], device: Device) -> tuple[Option, StepCount]:
+    count = count_step(config)
+    peak = sum(memory_parts(count).values())
+    rate = count.images / seconds_per_step(count, device)
+    return Option(overrides, peak, rate, peak <= device.memory_gb), count
 
 
 def _state_gb(count: StepCount) -> float:
@@ -196,6 +209,22 @@ def _smaller_microbatches(config: TrainConfig, count: StepCount, device: Device)
 
 def _recompute(config: TrainConfig, count: StepCount, device: Device) -> tuple[str, ...]:
     return () if config.compute.recompute else ("compute.recompute=true",)
+
+
+def _coded_moments(config: TrainConfig, count: StepCount, device: Device) -> tuple[str, ...]:
+    return ("optim.moments=8bit",) if config.optim.moments == "fp32" else ()
+
+
+def _short_weights(config: TrainConfig, count: StepCount, device: Device) -> tuple[str, ...]:
+    """Only the halves that a step reads; sums of gradients in bf16 lose nothing of a single microbatch."""
+    if config.compute.precision == "fp32":
+        return ()
+    changes = {"weights": "bf16", "gradients": "bf16"}
+    return tuple(f"optim.{key}={v}" for key, v in changes.items() if getattr(config.optim, key) != v)
+
+
+_SAVE_STATE = (_half_precision, _coded_moments, _short_weights)
+"""Changes that help where weights, gradients and moments alone are too large."""
 
 
 def _with(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
