@@ -84,3 +84,16 @@ def test_a_smoke_run_learns_draws_and_goes_on_from_its_own_export(
 
 def test_what_counts_as_learning_is_not_reached_by_a_run_that_does_not_learn(tmp_path: Path) -> None:
     assert remaining(train("openuni-smoke", tmp_path, "optim.lr=1e-12", "sample.images=0")) > LEARNT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", SMOKES)
+def test_a_run_in_few_bits_draws_while_it_trains_and_after(
+    recipe: str, photos: Path, tmp_path: Path
+) -> None:
+    few = ("compute.precision=bf16", "optim.weights=bf16", "optim.gradients=bf16", "optim.moments=8bit")
+    short = ("steps=1", "optim.warmup_steps=0", "sample.images=1", "sample.steps=2", "data.images=2")
+    run = train(recipe, tmp_path / "run", *few, *short)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["before"].keys() == summary["after"].keys() and summary["before"]
+    assert reconstructed(run, photos, tmp_path / "a", None).getbbox() is not None

@@ -151,8 +151,8 @@ def _extend(
             break
         attended = attention(
             apply_rotary(query, *rotation),
-            torch.cat([old_keys, apply_rotary(key, *rotation)]),
-            torch.cat([old_values, value]),
+            _joined(old_keys, apply_rotary(key, *rotation)),
+            _joined(old_values, value),
             segments,
             backend=layer.attention_backend,
         )
@@ -161,11 +161,16 @@ def _extend(
             attended = torch.cat([attended[:1], attended[-1:]])
         understanding = layer.und.finish(understanding, attended)
     return Context(
-        tuple(torch.cat(pair) for pair in zip(context.keys, keys, strict=True)),
-        tuple(torch.cat(pair) for pair in zip(context.values, values, strict=True)),
+        tuple(_joined(*pair) for pair in zip(context.keys, keys, strict=True)),
+        tuple(_joined(*pair) for pair in zip(context.values, values, strict=True)),
         torch.cat([context.positions, positions]),
         context.next_position + (len(positions) if is_causal else 1),
     )
+
+
+def _joined(old: Tensor, new: Tensor) -> Tensor:
+    """An empty context has the dtype of the weights, what follows that of the activations."""
+    return torch.cat([old.to(new.dtype), new])
 
 
 def _around(outer: Tensor, inner: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from reca.errors import ConfigError, nearest
 from reca.images import ImageSpec, resize, resized_size, to_image, to_tensor, unpatchify
+from reca.layers.implementation import common_arithmetic
 from reca.models.bagel.context import (
     Canvas,
     Context,
@@ -243,10 +244,7 @@ class BagelSampler:
         return torch.stack(pooled) if pooled else torch.empty(0, dim, device=self.device)
 
     def _arithmetic(self) -> AbstractContextManager[object]:
-        """fp32 trained weights meet frozen ones in bf16; otherwise the caller's arithmetic stays in force."""
-        frozen = self.model.embed_tokens.weight.dtype
-        is_mixed = self.model.vae2llm.weight.dtype != frozen
-        return torch.autocast(self.device.type, frozen) if is_mixed else nullcontext()
+        return common_arithmetic(self.model.vae2llm.weight, self.model.embed_tokens.weight)
 
     def _conditions(self, images: Context, prompt: str) -> Conditions:
         ids = self.tokenizer.encode(prompt)

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.func import functional_call
 
 from reca.errors import ConfigError
 from reca.images import to_image, to_tensor
@@ -145,12 +146,14 @@ def denoise(
     """
     passes, device = condition.shape[0], initial.device
     # fp32 throughout: the first step multiplies an error of the predicted noise by hundreds
+    weights = {name: weight.to(torch.float32) for name, weight in head.named_parameters()}
     rows, latents = condition.flatten(0, 1).to(torch.float32), initial
     schedule = schedule.to(device)
     with torch.autocast(device.type, enabled=False):
         for number, index in enumerate(range(schedule.table.shape[0] - 1, -1, -1)):
             at = schedule.at(torch.full((1,), index, device=device))
-            output = head(latents.repeat(passes, 1), schedule.times[index : index + 1], rows)
+            inputs = (latents.repeat(passes, 1), schedule.times[index : index + 1], rows)
+            output: Tensor = functional_call(head, weights, inputs)
             epsilons, interpolation = output.to(torch.float32).unflatten(0, (passes, -1)).chunk(2, dim=2)
             epsilon = epsilons[0]
             if passes > 1:

@@ -8,7 +8,7 @@ seed, and has the same bits whatever else is asked for.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from reca.errors import ConfigError
 from reca.images import to_image, to_tensor
 from reca.layers.attention import Segments, attention
+from reca.layers.implementation import common_arithmetic
 from reca.layers.rotary import rotary_table
 from reca.models.family import SampleOptions, Variant
 from reca.models.janus.batch import hide
@@ -213,10 +214,7 @@ class JanusSampler:
             return embeddings
 
     def _arithmetic(self) -> AbstractContextManager[object]:
-        """fp32 trained weights meet frozen ones in bf16; otherwise the caller's arithmetic stays in force."""
-        frozen = self.model.activation_dtype
-        is_mixed = self.model.lm_head.weight.dtype != frozen
-        return torch.autocast(self.device.type, frozen) if is_mixed else nullcontext()
+        return common_arithmetic(self.model.lm_head.weight, self.model.vision.patch_embedding.weight)
 
     def _picture(
         self, prompt: Sequence[int], understanding: Tensor | None, options: SampleOptions, index: int

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from reca.errors import ConfigError
 from reca.images import to_image, to_tensor
 from reca.layers.attention import Segments
+from reca.layers.implementation import common_arithmetic
 from reca.models.family import SampleOptions, Variant
 from reca.models.openuni.batch import Prompts
 from reca.models.openuni.model import TIMESTEPS, OpenUniModel
@@ -175,10 +176,7 @@ class OpenUniSampler:
         return torch.stack(pooled) if pooled else torch.empty(0, dim, device=self.device)
 
     def _arithmetic(self) -> AbstractContextManager[object]:
-        """fp32 trained weights meet frozen ones in bf16; otherwise the caller's arithmetic stays in force."""
-        frozen = self.model.embed_tokens.weight.dtype
-        is_mixed = self.model.meta_queries.dtype != frozen
-        return torch.autocast(self.device.type, frozen) if is_mixed else nullcontext()
+        return common_arithmetic(self.model.meta_queries, self.model.embed_tokens.weight)
 
     def _embeddings(self, image: Image.Image) -> Tensor:
         """[embeddings, dim] of the central square; one tensor of the target's size feeds both encoders."""
