@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._functorch import config as functorch_config
 
-from reca.benchmarks.cases.case import Case, Inputs, Output, Provider, Shape, in_fp64, make_inputs
+from reca.benchmarks.calls import graphed, input_sets, per_call, timed
+from reca.benchmarks.cases.case import Case, Inputs, Provider, Shape, make_inputs
 from reca.benchmarks.ceilings import Ceilings, measure_ceilings
 from reca.benchmarks.environment import environment
+from reca.benchmarks.gate import COMPILED, OURS, PLAIN, errors, reason, red
 from reca.benchmarks.timing import ROUNDS, Timed, Timing, measure
-from reca.kernels.testing import BUDGET, error_ratio
 
-OURS, PLAIN, COMPILED = "reca", "torch", "torch.compile"
-_CACHE_BYTES = {"cuda": 1 << 28, "cpu": 1 << 25}  # several times the last-level cache
-_MOST_SETS = 16
-_MOST_INPUT_BYTES = 16e9
+GRAPH = ", graph"
+"""Ends the mode of calls that were captured in a CUDA graph, where no launch waits for the host."""
+GRAPHED_BELOW_MS = 0.2  # a longer kernel hides its launch
 
 
 def run_cases(
@@ -40,12 +41,13 @@ def run_cases(
         cases: what to measure.
         device, dtype: where, and the dtype of activations and weights.
         full: the sizes of real steps; otherwise small ones, whose times say nothing about a GPU.
-        compiled: also time torch.compile of the plain form.
+        compiled: also time torch.compile of the plain form, except in cases that begin behind schedule.
         rounds: timed windows per provider and mode.
-        minutes: cases that have not begun by then are reported as not measured.
+        minutes: what has not begun by then is reported as not measured.
         note: called with a line before each case.
 
-    A case whose results are outside the error budget yields records without any time.
+    A case whose results are outside the error budget yields records without any time, one that fails a record
+    that says how; `gate` is then `red` or `broken`. On a GPU short operators are timed as a graph, too.
     """
     started = time.monotonic()
     origin = environment()
@@ -62,7 +64,8 @@ def run_cases(
         "copy_gbps": ceilings.copy_gbps,
         "gemm_tflops": ceilings.gemm_tflops,
     }
-    for case in cases:
+    for place, case in enumerate(cases):
+        shape = case.full if full else case.small
         base = {
             "record": "measurement",
             "run": run,
@@ -71,58 +74,146 @@ def run_cases(
             "device": device.type,
             "dtype": _name(dtype),
             "sizes": sizes,
-            "shape": dict(case.full if full else case.small),
+            "shape": dict(shape),
         }
-        if time.monotonic() - started > 60 * minutes:
+        spent = (time.monotonic() - started) / 60
+        if spent > minutes:
             yield {**base, "provider": OURS, "mode": None, "why_not": f"not begun within {minutes} minutes"}
             continue
         note(f"{case.operator}: {case.name}")
-        # Backward passes are timed over kept graphs, whose buffers compiled code must not take for its own.
-        with functorch_config.patch(donated_buffer=False):
-            for record in _measure_case(case, base["shape"], device, dtype, ceilings, compiled, rounds):
-                yield {**base, **record}
+        is_late = spent > minutes * (place + 1) / len(cases)
+        job = _Job(case, shape, device, dtype, ceilings, rounds, started + 60 * minutes)
+        try:
+            # Backward passes are timed over kept graphs, whose buffers compiled code must not reuse.
+            with functorch_config.patch(donated_buffer=False):
+                for record in job.measure(compiled and not is_late):
+                    yield {**base, **record}
+            if compiled and is_late:
+                yield {**base, "provider": COMPILED, "mode": None, "why_not": "behind schedule"}
+        except torch.OutOfMemoryError as error:
+            yield {**base, "provider": OURS, "mode": None, "why_not": reason(error)}
+        except Exception as error:  # the cases after it are measured all the same
+            yield {**base, "provider": OURS, "mode": None, "gate": "broken", "why_not": reason(error)}
+        del job
+        _release(device)
 
 
-def _measure_case(
-    case: Case,
-    shape: Shape,
-    device: torch.device,
-    dtype: torch.dtype,
-    ceilings: Ceilings,
-    compiled: bool,
-    rounds: int,
-) -> Iterator[dict[str, Any]]:
-    providers, missing = _providers(case, compiled)
-    for name, reason in missing.items():
-        yield {"provider": name, "mode": None, "why_not": reason}
-    inputs = make_inputs(case, shape, device, dtype, seed=0)
-    ratios = _errors(case, providers, inputs)
-    gate = ratios[OURS]
-    if isinstance(gate, str) or (gate is not None and gate > BUDGET):
-        yield {"provider": OURS, "mode": None, "error_ratio": gate, "gate": "red", "why_not": _red(gate)}
-        return
-    for name in [name for name, ratio in ratios.items() if isinstance(ratio, str)]:
-        yield {"provider": name, "mode": None, "why_not": ratios[name]}
-        del providers[name]
-    sets = input_sets(case, shape, device, dtype, inputs)
-    for mode in ("forward", "backward", "both") if case.gradients else ("forward",):
-        functions = {
-            name: timed(provider, sets, case.gradients, mode) for name, provider in providers.items()
-        }
-        for name, timing in measure(functions, device, rounds=rounds).items():
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One case on one machine; `deadline` is a monotonic time after which no mode begins."""
+
+    case: Case
+    shape: Shape
+    device: torch.device
+    dtype: torch.dtype
+    ceilings: Ceilings
+    rounds: int
+    deadline: float
+
+    def measure(self, compiled: bool) -> Iterator[dict[str, Any]]:
+        """The gate, then every mode of every provider that passes it."""
+        case = self.case
+        providers, missing = _providers(case, compiled)
+        yield from _absent(missing)
+        inputs = make_inputs(case, self.shape, self.device, self.dtype, seed=0)
+        ratios = errors(case, providers, inputs)
+        if (why_not := red(ratios[OURS])) is not None:
             yield {
-                "provider": name,
-                "mode": mode,
-                "gate": "green",
-                "error_ratio": ratios[name],
-                **_numbers(case, shape, dtype, mode, timing, ceilings),
+                "provider": OURS,
+                "mode": None,
+                "error_ratio": ratios[OURS],
+                "gate": "red",
+                "why_not": why_not,
             }
+            return
+        failed = {name: ratio for name, ratio in ratios.items() if isinstance(ratio, str)}
+        yield from _absent(failed)
+        providers = {name: provider for name, provider in providers.items() if name not in failed}
+        sets = input_sets(case, self.shape, self.device, self.dtype, inputs)
+        for mode in ("forward", "backward", "both") if case.gradients else ("forward",):
+            if time.monotonic() > self.deadline:
+                yield {"provider": OURS, "mode": mode, "why_not": "the time was over"}
+                return
+            ours = math.inf
+            for record in self._time(providers, sets, mode, ratios):
+                ours = record["ms_p50"] if record["provider"] == OURS and "ms_p50" in record else ours
+                yield record
+            is_graphed = self.device.type == "cuda" and mode != "backward" and ours < GRAPHED_BELOW_MS
+            if is_graphed and time.monotonic() <= self.deadline:
+                yield from self._time(providers, sets, mode + GRAPH, ratios)
+
+    def _time(
+        self,
+        providers: Mapping[str, Provider],
+        sets: Sequence[Inputs],
+        mode: str,
+        ratios: Mapping[str, float | str | None],
+    ) -> Iterator[dict[str, Any]]:
+        """One mode of all providers in turns; who fails now is left out of it."""
+        functions: dict[str, Timed] = {}
+        for name, provider in providers.items():
+            try:
+                call = timed(provider, sets, self.case.gradients, mode.removesuffix(GRAPH))
+                functions[name] = graphed(call, len(sets)) if mode.endswith(GRAPH) else call
+                functions[name](0)
+            except Exception as error:
+                functions.pop(name, None)
+                if name == OURS:
+                    raise
+                yield {"provider": name, "mode": mode, "why_not": reason(error)}
+        timings, failed = self._measured(functions)
+        yield from ({**record, "mode": mode} for record in _absent(failed))
+        for name, timing in timings.items():
+            own = per_call(timing, len(sets)) if mode.endswith(GRAPH) else timing
+            numbers = self._numbers(mode.removesuffix(GRAPH), own)
+            yield {"provider": name, "mode": mode, "gate": "green", "error_ratio": ratios[name], **numbers}
+
+    def _measured(self, functions: Mapping[str, Timed]) -> tuple[dict[str, Timing], dict[str, str]]:
+        """All in turns; if one fails, each alone, and those that fail with their reasons."""
+        try:
+            return measure(functions, self.device, rounds=self.rounds), {}
+        except Exception:
+            timings: dict[str, Timing] = {}
+            failed: dict[str, str] = {}
+        for name, function in functions.items():
+            try:
+                timings |= measure({name: function}, self.device, rounds=self.rounds)
+            except Exception as error:
+                if name == OURS:
+                    raise
+                failed[name] = reason(error)
+        return timings, failed
+
+    def _numbers(self, mode: str, timing: Timing) -> dict[str, Any]:
+        moved, flops = self.case.moved(self.shape, self.dtype.itemsize), self.case.flops(self.shape)
+        pick = {"forward": slice(0, 1), "backward": slice(1, 2), "both": slice(0, 2)}[mode]
+        gbps = sum(moved[pick]) / timing.p50 / 1e6
+        tflops = sum(flops[pick]) / timing.p50 / 1e9
+        has_ceiling = mode == "both" or not self.case.is_one_pass
+        return {
+            "ms_p20": timing.p20,
+            "ms_p50": timing.p50,
+            "ms_p80": timing.p80,
+            "rounds": timing.rounds,
+            "calls": timing.calls,
+            "gbps": gbps,
+            "copy_share": gbps / self.ceilings.copy_gbps if has_ceiling else None,
+            "tflops": tflops or None,
+            "gemm_share": tflops / self.ceilings.gemm_tflops if tflops and has_ceiling else None,
+            "peak_extra_bytes": timing.peak_bytes,
+        }
 
 
-def _red(gate: float | str) -> str:
-    if isinstance(gate, str):
-        return gate
-    return f"error is {gate:.3g} x that of plain torch, the budget is {BUDGET}: no time is given"
+def _absent(reasons: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    for name, why_not in reasons.items():
+        yield {"provider": name, "mode": None, "why_not": why_not}
+
+
+def _release(device: torch.device) -> None:
+    """Give back what a case held, before the next one allocates."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _providers(case: Case, compiled: bool) -> tuple[dict[str, Provider], dict[str, str]]:
@@ -136,117 +227,9 @@ def _providers(case: Case, compiled: bool) -> tuple[dict[str, Provider], dict[st
             found[name] = load()
         except (ImportError, AttributeError) as error:
             missing[name] = f"not installed: {error}"
+        except Exception as error:  # a package built for another torch or CUDA may fail in any way
+            missing[name] = f"broken: {reason(error)}"
     return found, missing
-
-
-def _errors(case: Case, providers: Mapping[str, Provider], inputs: Inputs) -> dict[str, float | str | None]:
-    """Provider -> its worst error ratio over outputs and gradients; a string says why it could not run."""
-    plain = _results(case, case.plain, inputs)
-    exact = _results(case, case.plain, in_fp64(inputs, case.gradients)) if case.is_exact else None
-    ratios: dict[str, float | str | None] = {}
-    for name, provider in providers.items():
-        try:
-            got = plain if name == PLAIN else _results(case, provider, inputs)
-        except Exception as error:  # a rival may refuse a shape, a dtype or a device in any way
-            ratios[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-            continue
-        if exact is None:
-            ratios[name] = None
-            continue
-        triples = zip(got, plain, exact, strict=True)
-        ratios[name] = max(error_ratio(g, p.to(g.dtype), e) for g, p, e in triples)
-    return ratios
-
-
-def _results(case: Case, provider: Provider, inputs: Inputs) -> list[Tensor]:
-    """Outputs, then gradients of sum(output * fixed weights); of an operator in place what it changed."""
-    if case.mutates:
-        copies = {**inputs, **{name: inputs[name].clone() for name in case.mutates}}
-        provider(copies)
-        return [copies[name] for name in case.mutates]
-    outputs = _tuple(provider(inputs))
-    results = [output.detach() for output in outputs]
-    if case.gradients:
-        flowing = [output for output in outputs if output.requires_grad]
-        leaves = [inputs[name] for name in case.gradients]
-        results += torch.autograd.grad(flowing, leaves, _upstream(flowing))
-    return results
-
-
-def _upstream(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Fixed gradients of the outputs: ones for a scalar, else standard normal values rounded alike."""
-    upstream = []
-    for number, output in enumerate(outputs):
-        generator = torch.Generator(output.device).manual_seed(1000 + number)
-        values = torch.randn(output.shape, device=output.device, generator=generator)
-        dtype = torch.bfloat16 if output.dtype != torch.float32 else torch.float32
-        upstream.append(torch.ones_like(output) if output.dim() == 0 else values.to(dtype).to(output.dtype))
-    return upstream
-
-
-def _tuple(output: Output) -> tuple[Tensor, ...]:
-    assert output is not None, "an operator that changes its inputs has no gradients"
-    return output if isinstance(output, tuple) else (output,)
-
-
-def input_sets(
-    case: Case, shape: Shape, device: torch.device, dtype: torch.dtype, first: Inputs
-) -> list[Inputs]:
-    """Copies of the inputs that together exceed the cache."""
-    size = sum(value.nbytes for value in first.values() if isinstance(value, Tensor))
-    wanted = math.ceil(2 * _CACHE_BYTES[device.type] / max(size, 1))
-    count = max(2, min(wanted, _MOST_SETS, int(_MOST_INPUT_BYTES / max(size, 1))))
-    return [first, *(make_inputs(case, shape, device, dtype, seed=seed) for seed in range(1, count))]
-
-
-def timed(provider: Provider, sets: Sequence[Inputs], gradients: tuple[str, ...], mode: str) -> Timed:
-    """A call of `measure`: forward alone, backward alone over kept graphs, or both."""
-
-    def forward(turn: int) -> object:
-        return provider(sets[turn % len(sets)])
-
-    def both(turn: int) -> object:
-        inputs = sets[turn % len(sets)]
-        outputs = [output for output in _tuple(provider(inputs)) if output.requires_grad]
-        return torch.autograd.grad(outputs, [inputs[name] for name in gradients], upstream[turn % len(sets)])
-
-    if mode == "forward":
-        return forward
-    prepared = []
-    upstream = []
-    for inputs in sets:
-        outputs = [output for output in _tuple(provider(inputs)) if output.requires_grad]
-        upstream.append(_upstream(outputs))
-        if mode == "backward":
-            prepared.append(outputs)
-
-    def backward(turn: int) -> object:
-        place = turn % len(sets)
-        leaves = [sets[place][name] for name in gradients]
-        return torch.autograd.grad(prepared[place], leaves, upstream[place], retain_graph=True)
-
-    return both if mode == "both" else backward
-
-
-def _numbers(
-    case: Case, shape: Shape, dtype: torch.dtype, mode: str, timing: Timing, ceilings: Ceilings
-) -> dict[str, Any]:
-    moved, flops = case.moved(shape, dtype.itemsize), case.flops(shape)
-    pick = {"forward": slice(0, 1), "backward": slice(1, 2), "both": slice(0, 2)}[mode]
-    gbps = sum(moved[pick]) / timing.p50 / 1e6
-    tflops = sum(flops[pick]) / timing.p50 / 1e9
-    return {
-        "ms_p20": timing.p20,
-        "ms_p50": timing.p50,
-        "ms_p80": timing.p80,
-        "rounds": timing.rounds,
-        "calls": timing.calls,
-        "gbps": gbps,
-        "copy_share": gbps / ceilings.copy_gbps,
-        "tflops": tflops or None,
-        "gemm_share": tflops / ceilings.gemm_tflops if tflops else None,
-        "peak_extra_bytes": timing.peak_bytes,
-    }
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,6 +15,10 @@ from reca.kernels._library import interpreted_kernels as interpreted_kernels
 from reca.kernels._library import runs_fused as runs_fused
 from reca.kernels._library import triton_interprets as triton_interprets
 from reca.kernels._philox import PhiloxNoise as PhiloxNoise
+from reca.kernels._philox import philox4x32 as philox4x32
+from reca.kernels._philox import uniform_of as uniform_of
+from reca.kernels.adaln_modulation.grouped import add_layer_norm_modulate as add_layer_norm_modulate
+from reca.kernels.adaln_modulation.grouped import group_gate_residual as group_gate_residual
 from reca.kernels.adaln_modulation.op import gate_residual as gate_residual
 from reca.kernels.adaln_modulation.op import layer_norm_modulate as layer_norm_modulate
 from reca.kernels.adamw.op import adamw_ as adamw_
@@ -33,9 +37,14 @@ from reca.kernels.gated_mlp.op import gated_mlp as gated_mlp
 from reca.kernels.gated_mlp.op import swiglu as swiglu
 from reca.kernels.gelu_mlp.op import bias_gelu as bias_gelu
 from reca.kernels.gelu_mlp.op import gelu_mlp as gelu_mlp
+from reca.kernels.group_norm_silu.op import group_norm_silu as group_norm_silu
+from reca.kernels.layer_norm.op import add_layer_norm as add_layer_norm
+from reca.kernels.layer_norm.op import layer_norm as layer_norm
 from reca.kernels.linear_attention.op import linear_attention as linear_attention
 from reca.kernels.masked_token_loss.op import masked_token_loss as masked_token_loss
+from reca.kernels.philox.op import philox as philox
 from reca.kernels.qk_norm_rope.op import qk_norm_rope as qk_norm_rope
+from reca.kernels.qk_norm_rope.spread import qk_norm_rope_spread as qk_norm_rope_spread
 from reca.kernels.rms_norm.op import add_rms_norm as add_rms_norm
 from reca.kernels.rms_norm.op import rms_norm as rms_norm
 from reca.kernels.skinny_linear.op import skinny_linear as skinny_linear
@@ -58,8 +67,11 @@ OPERATORS = (
     "flow_matching_loss",
     "gated_mlp",
     "gelu_mlp",
+    "group_norm_silu",
+    "layer_norm",
     "linear_attention",
     "masked_token_loss",
+    "philox",
     "qk_norm_rope",
     "rms_norm",
     "skinny_linear",

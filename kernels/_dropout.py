@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from reca.kernels._checks import check_dtype, check_shape
-from reca.kernels._philox import philox
+from reca.kernels._philox import philox4x32
 
 _WORD = 0xFFFFFFFF
 _TO_UNIT = 4.6566127342e-10  # 2^-31, the constant of Triton's uint_to_uniform_float
@@ -70,6 +70,6 @@ def keep_threshold(rate: float) -> int:
 def folded_words(key: int, step: Tensor, sample: Tensor, blocks: Tensor) -> Tensor:
     """[..., 4 n] int64 in [0, 2^31): the words of counters `blocks` [..., n], the sign bit folded."""
     low, high = sample & _WORD, (sample >> 32) & _WORD
-    drawn = philox(key, blocks, step.expand_as(blocks), low.expand_as(blocks), high.expand_as(blocks))
+    drawn = philox4x32(key, blocks, step.expand_as(blocks), low.expand_as(blocks), high.expand_as(blocks))
     words = torch.stack(drawn, dim=-1).flatten(-2)
     return torch.where(words > 0x7FFFFFFF, _WORD - words, words)

@@ -1,13 +1,13 @@
 """Launch parameters, a pure function of (operator, architecture, dtype, width); the one place that launches.
 
-Nothing is timed while training, so ranks and reruns launch the same code. Each entry of the table carries its
-reason; "arithmetic:" is a prediction to be tested on a GPU, "measured:" names the machine and the number.
+Nothing is timed while training, so ranks and reruns launch the same code.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,233 +16,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ANY_WIDTH = 1 << 62
+from reca.kernels._launch_table import ANY_WIDTH as ANY_WIDTH
+from reca.kernels._launch_table import TABLE as TABLE
+from reca.kernels._launch_table import Entry as Entry
+from reca.kernels._launch_table import LaunchConfig as LaunchConfig
+
 MAX_ROWS_PER_PROGRAM = 128
 MAX_COLUMNS = 512
 # Multiprocessors of the largest common part of each architecture; only balances work, never changes a shape.
 MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}
 DEFAULT_MULTIPROCESSORS = 108
+REHEARSED_ARCHITECTURE = 90  # which only changes tiles, never what is launched
 
-
-@dataclass(frozen=True, slots=True)
-class LaunchConfig:
-    """How one kernel is launched.
-
-    Attributes:
-        tile: elements per program and step, padding included.
-        warps: warps per program.
-    """
-
-    tile: int
-    warps: int
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One line of the table: the first entry of an operator that matches is taken.
-
-    Attributes:
-        max_width: widest row, in elements, for which it holds.
-        config: what is launched.
-        reason: why.
-        architectures: e.g. (80, 90); empty means all.
-        itemsize: bytes per element; None means all.
-    """
-
-    max_width: int
-    config: LaunchConfig
-    reason: str
-    architectures: tuple[int, ...] = ()
-    itemsize: int | None = None
-
-
-TABLE: dict[str, tuple[Entry, ...]] = {
-    "adaln_modulation": (
-        Entry(
-            1024,
-            LaunchConfig(tile=4096, warps=8),
-            "arithmetic: several short rows share a program, 16 elements per thread and operand",
-        ),
-        Entry(
-            8192,
-            LaunchConfig(tile=4096, warps=8),
-            "arithmetic: a row of 1,536 (padded to 2,048) leaves 8 elements per thread, two rows 16, so that "
-            "the six fp32 values per element of the backward stay below 128 registers",
-        ),
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=4096, warps=16),
-            "arithmetic: rows up to 32,768 leave 64 elements per thread at most",
-        ),
-    ),
-    "adamw": (
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=2048, warps=4),
-            "arithmetic: 16 codes of a moment are one 128-bit access; at 10 bytes per weight instructions "
-            "count as much as bytes, and what all elements share is computed once per 16 of them",
-            itemsize=1,
-        ),
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=1024, warps=4),
-            "arithmetic: 8 elements per thread are two 128-bit accesses per fp32 operand and one per bf16; "
-            "seven streams in flight per thread hide the latency without more warps",
-        ),
-    ),
-    "depthwise_glu": (
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=256, warps=4),
-            "arithmetic: two channels per thread; with more, the held columns, the nine weights and their "
-            "gradients of value and gate (72 + 36 + 40 registers) would not fit",
-        ),
-    ),
-    "diffusion_loss": (
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=1024, warps=4),
-            "arithmetic: 8 elements per thread are one 128-bit load of each bf16 half of the output; 170,000 "
-            "rows of 16 are 2,657 programs, so only one in sixteen meets a first time and its likelihood",
-        ),
-    ),
-    "embedding_projection": (
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=2048, warps=4),
-            "arithmetic: 16 elements per thread are two 128-bit loads of each bf16 operand in flight; a tile "
-            "of 4 rows by 512 columns divides 3,584 and 2,048 without idle lanes",
-        ),
-    ),
-    "dropout": (
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=2048, warps=4),
-            "arithmetic: 16 elements per thread are two 128-bit loads of each bf16 operand in flight while "
-            "four Philox counters are computed; tiles of 256 columns divide 1,280, 3,072 and 5,120",
-        ),
-    ),
-    "dropout_attention": (
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=2048, warps=4),
-            "arithmetic: 64 rows in steps of 32, operands in shared memory: 232 registers at 80 columns on "
-            "sm_90, where steps of 64 spill",
-            architectures=(90, 100),
-            itemsize=2,
-        ),
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=1024, warps=4),
-            "arithmetic: where operands of products lie in registers, steps of 32 spill at 80 columns "
-            "(120 instructions on sm_120), steps of 16 do not",
-        ),
-    ),
-    "flow_head": (
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=4096, warps=8),
-            "arithmetic: 64 rows by 64 columns leave 16 accumulators per thread for the prediction; 32,768 "
-            "rows are 512 programs, four per multiprocessor",
-        ),
-    ),
-    "flow_input": (
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=4096, warps=8),
-            "arithmetic: 64 rows by 64 columns leave 16 accumulators per thread (80 registers on sm_90, 136 "
-            "with twice the columns); 512 programs noise each row once, not once per column block",
-        ),
-    ),
-    "flow_matching_loss": (
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=2048, warps=4),
-            "arithmetic: 16 elements per thread are two 128-bit loads of each bf16 operand in flight; "
-            "32,768 x 64 gives 1,024 programs, 8 per multiprocessor",
-        ),
-    ),
-    "gated_mlp": (
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=1024, warps=4),
-            "arithmetic: one 128-bit load per operand and thread in bf16; 18,944 columns waste 2.6 % of the "
-            "lanes of the last block, a tile of 4,096 would waste 7.5 %",
-        ),
-    ),
-    "gelu_mlp": (
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=1024, warps=4),
-            "arithmetic: 8 elements per thread keep the backward at 64 registers and 32 warps per processor "
-            "(16 elements: 120 and 16) with the same 32 KB in flight; 4,304 columns idle 7 % of the lanes",
-        ),
-    ),
-    "linear_attention": (
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=1024, warps=4),
-            "arithmetic: 32 tokens of 32 leave 110 registers forward and 235 backward on sm_90; 64 tokens "
-            "spill in the backward, whose products are made of three TF32 ones",
-        ),
-    ),
-    "masked_token_loss": (
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=4096, warps=8),
-            "arithmetic: 16 elements per thread are two 128-bit loads of bf16 logits in flight; a row of 117 "
-            "KB is still in the L2 cache when the second pass turns it into its gradient",
-        ),
-    ),
-    "qk_norm_rope": (
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=2048, warps=4),
-            "arithmetic: 16 rows of 128 give each thread one 128-bit load per half of a head; 32,768 rows "
-            "are 2,048 programs, of which several share a multiprocessor and hide each other's latency",
-        ),
-    ),
-    "rms_norm": (
-        Entry(
-            1024,
-            LaunchConfig(tile=4096, warps=4),
-            "arithmetic: several short rows share a program, 32 elements per thread",
-        ),
-        Entry(
-            8192,
-            LaunchConfig(tile=4096, warps=8),
-            "arithmetic: a row of 3,584 (padded to 4,096) leaves 16 elements per thread, so that the five "
-            "fp32 values per element of the backward stay below 128 registers, two programs a multiprocessor",
-        ),
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=4096, warps=16),
-            "arithmetic: rows up to 32,768 leave 64 elements per thread at most",
-        ),
-    ),
-    "skinny_linear": (
-        Entry(
-            ANY_WIDTH,
-            LaunchConfig(tile=8192, warps=4),
-            "arithmetic: 64 outputs are the least that Hopper's products take; with 128 inputs a bf16 tile "
-            "is 16 KB, and three in flight in two programs per multiprocessor cover the latency of memory",
-        ),
-    ),
-}
-
-
-_TRIED: dict[str, LaunchConfig] = {}
+Asked = tuple[int, torch.dtype, int]
+"""Architecture, dtype and width for which a launcher looked into the table."""
+_TRIED: dict[str, tuple[LaunchConfig, set[Asked]]] = {}
 
 
 @contextmanager
-def tried_config(operator: str, config: LaunchConfig) -> Iterator[None]:
+def tried_config(operator: str, config: LaunchConfig) -> Iterator[set[Asked]]:
     """Inside, `operator` is launched with `config`, whatever the table says; for benchmarks alone.
 
+    Yields what launchers asked the table for meanwhile.
     Process-wide, because a backward pass on CUDA runs in a thread of its own.
     """
-    _TRIED[operator] = config
+    asked: set[Asked] = set()
+    _TRIED[operator] = config, asked
     try:
-        yield
+        yield asked
     finally:
         del _TRIED[operator]
 
@@ -250,7 +51,9 @@ def tried_config(operator: str, config: LaunchConfig) -> Iterator[None]:
 def launch_config(operator: str, architecture: int, dtype: torch.dtype, width: int) -> LaunchConfig:
     """The first entry of `operator` that holds for this architecture, dtype and row width."""
     if operator in _TRIED:
-        return _TRIED[operator]
+        config, asked = _TRIED[operator]
+        asked.add((architecture, dtype, width))
+        return config
     for entry in TABLE[operator]:
         fits = width <= entry.max_width and entry.itemsize in (None, dtype.itemsize)
         if fits and (not entry.architectures or architecture in entry.architectures):
@@ -283,9 +86,14 @@ def next_power_of_two(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def multiprocessors(architecture: int) -> int:
+    """Of the part whose work is balanced; a stand-in for architectures without a line of their own."""
+    return MULTIPROCESSORS.get(architecture, DEFAULT_MULTIPROCESSORS)
+
+
 def rows_per_program(rows: int, architecture: int) -> int:
     """A power of two near rows / (2 programs per multiprocessor), for kernels that reduce over rows."""
-    programs = 2 * MULTIPROCESSORS.get(architecture, DEFAULT_MULTIPROCESSORS)
+    programs = 2 * multiprocessors(architecture)
     return min(next_power_of_two(ceil_div(rows, programs)), MAX_ROWS_PER_PROGRAM)
 
 
@@ -344,6 +152,15 @@ def record_launches(architecture: int) -> Iterator[Recording]:
         yield recording
     finally:
         _RECORDING.reset(token)
+
+
+def rehearse(launcher: Callable[..., Any], *arguments: Any) -> int | None:
+    """Triton kernels that `launcher` would start on tensors without values; None if Triton is missing."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    with record_launches(REHEARSED_ARCHITECTURE) as recording:
+        launcher(*arguments)
+    return len(recording.launches)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int, **constants: Any) -> None:

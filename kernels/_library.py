@@ -6,9 +6,11 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import torch
+
+from reca.kernels._launch import rehearse
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -74,6 +76,8 @@ def define_op(
 ) -> Callable[..., Any]:
     """Register `reca::<schema>` and return it as a callable.
 
+    It gets an attribute `rehearse(*args)`: kernels that its launcher would start, for those who only count.
+
     Args:
         schema: "name(Tensor x, ...) -> Tensor", every mutation declared.
         cpu: the reference, on CPU tensors.
@@ -86,5 +90,6 @@ def define_op(
     _LIBRARY.impl(name, cuda, "CUDA")
     LAUNCHERS[name] = cuda
     torch.library.register_fake(f"reca::{name}", fake, lib=_LIBRARY)
-    operator: Callable[..., Any] = getattr(torch.ops.reca, name).default
-    return operator
+    operator: Any = getattr(torch.ops.reca, name).default
+    operator.rehearse = functools.partial(rehearse, cuda)
+    return cast(Callable[..., Any], operator)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ _TO_UNIT = 4.6566127342e-10  # 2^-31, the constant of Triton's uint_to_uniform_f
 _SMALLEST = 1.0e-7  # Triton's guard before the logarithm
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
+Word = TypeVar("Word", Tensor, int)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +81,31 @@ def signed_key(key: int) -> int:
     return key - (1 << 64) if key >= 1 << 63 else key
 
 
-def philox(key: int, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> Words:
-    """Four words of Philox 4x32-10; counters and words are int64 tensors that hold uint32 values."""
+def philox4x32(key: int, c0: Word, c1: Word, c2: Word, c3: Word) -> tuple[Word, Word, Word, Word]:
+    """Four words of Philox 4x32-10; counters and words are integers, or int64 tensors, that hold uint32s."""
     k0, k1 = key & _WORD, (key >> 32) & _WORD
     for _ in range(10):
-        # int64 products wrap modulo 2^64, which keeps all 64 bits of an unsigned 32 x 32 product.
+        # int64 products wrap modulo 2^64, which keeps all 64 bits of an unsigned 32 x 32 product; what lies
+        # above a word is cut off where the word is multiplied.
         a, b = c0 * _ROUND_A, c2 * _ROUND_B
-        c0, c1, c2, c3 = ((b >> 32) & _WORD) ^ c1 ^ k0, b & _WORD, ((a >> 32) & _WORD) ^ c3 ^ k1, a & _WORD
+        c0, c1, c2, c3 = ((b >> 32) ^ c1 ^ k0) & _WORD, b, ((a >> 32) ^ c3 ^ k1) & _WORD, a
         k0, k1 = (k0 + _KEY_A) & _WORD, (k1 + _KEY_B) & _WORD
-    return c0, c1, c2, c3
+    return c0, c1 & _WORD, c2, c3 & _WORD
+
+
+def uniform_of(word: Tensor) -> Tensor:
+    """uint32 in int64 -> fp32 in [0, 1): the sign bit folds, as in Triton."""
+    return torch.where(word > 0x7FFFFFFF, _WORD - word, word).to(torch.float32) * _TO_UNIT
+
+
+def normals_of(words: Words) -> Words:
+    """Box-Muller: four uint32 in int64 -> four standard normals, fp32."""
+    normals: list[Tensor] = []
+    for radius_word, angle_word in (words[:2], words[2:]):
+        radius = torch.sqrt(-2.0 * torch.log(uniform_of(radius_word).clamp_min(_SMALLEST)))
+        angle = (2.0 * math.pi) * uniform_of(angle_word)
+        normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return normals[0], normals[1], normals[2], normals[3]
 
 
 def element_words(key: int, step: Tensor, offset: int, count: int) -> Tensor:
@@ -96,7 +114,7 @@ def element_words(key: int, step: Tensor, offset: int, count: int) -> Tensor:
     The first and third counter are the low and high half of p // 4, p counts from `offset`, a multiple of 4.
     """
     blocks = torch.arange((count + 3) // 4, dtype=torch.int64, device=step.device) + offset // 4
-    words = philox(key, blocks & _WORD, step.expand_as(blocks), blocks >> 32, torch.zeros_like(blocks))
+    words = philox4x32(key, blocks & _WORD, step.expand_as(blocks), blocks >> 32, torch.zeros_like(blocks))
     return torch.stack(words, dim=-1).flatten()[:count]
 
 
@@ -105,22 +123,12 @@ def rounding_words(key: int, step: Tensor, offset: int, count: int) -> Tensor:
     return element_words(key, step, offset, count) & 0xFFFF
 
 
-def _unit(word: Tensor) -> Tensor:
-    """uint32 -> fp32 in [0, 1): the sign bit folds, as in Triton."""
-    return torch.where(word > 0x7FFFFFFF, _WORD - word, word).to(torch.float32) * _TO_UNIT
-
-
 def normal_rows(key: int, step: Tensor, sample: Tensor, rows: Tensor, dim: int) -> Tensor:
     """[tokens, dim] fp32 standard normal; `sample` and `rows` are [tokens] int64, dim % 4 == 0."""
     blocks = torch.arange(dim // 4, dtype=torch.int64, device=rows.device) + rows[:, None] * (dim // 4)
     low, high = sample[:, None] & _WORD, (sample[:, None] >> 32) & _WORD
-    normals: list[Tensor] = []
-    words = [_unit(word) for word in philox(key, blocks, step.expand_as(low), low, high)]
-    for radius_draw, angle_draw in (words[:2], words[2:]):
-        radius = torch.sqrt(-2.0 * torch.log(radius_draw.clamp_min(_SMALLEST)))
-        angle = (2.0 * math.pi) * angle_draw
-        normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    return torch.stack(normals, dim=-1).flatten(1)
+    words = philox4x32(key, blocks, step.expand_as(low), low, high)
+    return torch.stack(normals_of(words), dim=-1).flatten(1)
 
 
 def given_or_drawn(

@@ -6,14 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from reca.kernels._triton_random import interleave_words
-
-
-@triton.jit
-def _philox(key, step, sample, first):
-    low, high = (sample & 0xFFFFFFFF).to(tl.uint32), ((sample >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    zero = first * 0
-    return tl.philox(key, first, step.to(tl.uint32) + zero, low + zero, high + zero)
+from reca.kernels._triton_random import counter_words, interleave_words
 
 
 @triton.jit
@@ -25,14 +18,14 @@ def _folded(words):
 @triton.jit
 def folded_words(key, step, sample, first):
     """[..., 4 n] int32 in [0, 2^31): folded words of counters `first` [..., n] uint32 of samples (int64)."""
-    return _folded(interleave_words(*_philox(key, step, sample, first)))
+    return _folded(interleave_words(*counter_words(key, step, sample, first)))
 
 
 @triton.jit
 def _folded_word(key, step, sample, positions):
     """The folded word of each position (int64) by itself: four times the work, for any alignment."""
     place = (positions & 3).to(tl.int32)
-    a, b, c, d = _philox(key, step, sample, (positions >> 2).to(tl.uint32))
+    a, b, c, d = counter_words(key, step, sample, (positions >> 2).to(tl.uint32))
     return _folded(tl.where(place < 2, tl.where(place == 0, a, b), tl.where(place == 2, c, d)))
 
 

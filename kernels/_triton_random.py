@@ -42,19 +42,29 @@ def _normal_pair(u1, u2):
 
 
 @triton.jit
+def counter_words(key, step, sample, first):
+    """Four words of counters (first, step, sample): `first` is uint32 and broadcasts with `sample`, int64."""
+    low, high = (sample & 0xFFFFFFFF).to(tl.uint32), ((sample >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    zero = first * 0
+    return tl.philox(key, first, step.to(tl.uint32) + zero, low + zero, high + zero)
+
+
+@triton.jit
+def normals_of(w0, w1, w2, w3):
+    """Box-Muller: four words -> four standard normals."""
+    u0, u1 = tl.uint_to_uniform_float(w0), tl.uint_to_uniform_float(w1)
+    u2, u3 = tl.uint_to_uniform_float(w2), tl.uint_to_uniform_float(w3)
+    n0, n1 = _normal_pair(u0, u1)
+    n2, n3 = _normal_pair(u2, u3)
+    return n0, n1, n2, n3
+
+
+@triton.jit
 def normal_rows(key, step, sample, rows, dim, ROWS: tl.constexpr, COLS: tl.constexpr):
     """[ROWS, COLS] fp32 standard normal; `sample` and `rows` are [ROWS] int64, dim % 4 == 0."""
     # A row has dim / 4 counters; those of its padding belong to the next row and are not used.
     blocks = rows[:, None] * (dim // 4) + tl.arange(0, COLS // 4)[None, :]
     first = (blocks & 0xFFFFFFFF).to(tl.uint32)
-    low, high = (
-        (sample & 0xFFFFFFFF).to(tl.uint32)[:, None],
-        ((sample >> 32) & 0xFFFFFFFF).to(tl.uint32)[:, None],
-    )
-    zero = first * 0
-    w0, w1, w2, w3 = tl.philox(key, first, step.to(tl.uint32) + zero, low + zero, high + zero)
-    u0, u1 = tl.uint_to_uniform_float(w0), tl.uint_to_uniform_float(w1)
-    u2, u3 = tl.uint_to_uniform_float(w2), tl.uint_to_uniform_float(w3)
-    n0, n1 = _normal_pair(u0, u1)
-    n2, n3 = _normal_pair(u2, u3)
+    w0, w1, w2, w3 = counter_words(key, step, sample[:, None], first)
+    n0, n1, n2, n3 = normals_of(w0, w1, w2, w3)
     return interleave_words(n0, n1, n2, n3)

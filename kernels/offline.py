@@ -163,6 +163,10 @@ def _dropout_attention_80() -> None:
     _dropout_attention(80, [1088] * 8)
 
 
+def _dropout_attention_128() -> None:
+    _dropout_attention(128, [1088] * 8)
+
+
 def _dropout_attention_ragged() -> None:
     _dropout_attention(64, [201] * 8)
 
@@ -175,7 +179,7 @@ def _flow_head() -> None:
     mask, step = _meta(32768, dtype=torch.float32), _meta(dtype=torch.int64)
     noise = (_index(32768), None, _index(8), _index(32768), step, 1 << 40)
     loss, *saved = kernel.forward(hidden, *weights, _meta(64), clean, mask, *noise, 1e-6)
-    kernel.backward(loss, hidden, *weights, *saved)
+    kernel.backward(loss, hidden, *weights, *saved, True, True)
 
 
 def _flow_matching_loss() -> None:
@@ -267,6 +271,7 @@ CASES: dict[str, Callable[[], None]] = {
     "diffusion_loss": _diffusion_loss,
     "dropout": _dropout,
     "dropout_attention_80": _dropout_attention_80,
+    "dropout_attention_128": _dropout_attention_128,
     "dropout_attention_ragged": _dropout_attention_ragged,
     "flow_head": _flow_head,
     "flow_input": _flow_input,

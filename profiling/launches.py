@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
+
+from reca.profiling.kernel_counts import KERNELS, over_lists
 
 Shape = tuple[int, ...]
 
 _ALLOCATION = 512  # the CUDA caching allocator rounds every block up to a multiple of this
-_MULTI_TENSOR = 320 * 65_536  # elements that torch's kernels over lists of tensors take per launch
 # Allocate, alias or ask only: they launch nothing although they are no views by their schema.
 _SILENT = frozenset(
     {
@@ -38,13 +41,7 @@ _SILENT = frozenset(
         "aten::set_",
     }
 )
-# Kernels that one operator launches where it is not one.
-_KERNELS = {
-    "reca::flow_head": 2,
-    "reca::masked_token_loss": 10,  # one chunk of rows with a bias
-    "reca::qk_norm_rope_backward": 4,
-    "reca::rms_norm_backward": 2,
-}
+_REHEARSED: dict[Hashable, int] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +69,9 @@ class LaunchCounter(TorchDispatchMode):
     """Counts what runs inside it, and the memory of what is allocated inside it.
 
     Enter it inside the `FakeTensorMode` whose tensors it shall see. Views, allocations and questions to the
-    dispatcher launch nothing. An operator without a FLOP formula moves memory only.
+    dispatcher launch nothing. An operator without a FLOP formula moves memory only. Kernels are those of
+    `reca.profiling.kernel_counts`, which says what is approximated; an operator with an attribute
+    `rehearse(*args)` (Triton launches of its launcher on such tensors) is counted by calling that.
 
     Attributes:
         launches: kind of call -> how often.
@@ -130,16 +129,13 @@ class LaunchCounter(TorchDispatchMode):
         flops = int(formula(args, kwargs, out)) if formula is not None else 0
         inputs = [*_tensors((*args, *kwargs.values()))]
         results = written or [*_tensors(out)]
-        kernels = _KERNELS.get(operator, 1)
-        if "::_foreach_" in operator or "::_fused_" in operator:
-            kernels = -(-sum(tensor.numel() for tensor in _tensors(args[0])) // _MULTI_TENSOR)
         launch = Launch(
             operator=operator,
             kind=_kind(operator) if flops else "memory",
             is_wide=any(tensor.is_floating_point() and tensor.itemsize > 2 for tensor in inputs[:2]),
             flops=flops,
             bytes=sum(tensor.numel() * tensor.itemsize for tensor in (*inputs, *results)),
-            kernels=kernels,
+            kernels=_kernels(func, args, out),
         )
         self.launches[launch] += 1
 
@@ -156,6 +152,40 @@ class LaunchCounter(TorchDispatchMode):
     def _free(self, key: int, size: int) -> None:
         self._live.discard(key)
         self.live_bytes -= size
+
+
+def _kernels(func: Any, args: tuple[Any, ...], out: Any) -> int:
+    """What a call launches, by the operator's own account where it has one."""
+    operator = func._schema.name
+    if "::_foreach_" in operator or "::_fused_" in operator:
+        return over_lists(args, out)
+    if operator in KERNELS:
+        return KERNELS[operator](args)
+    return 1 if getattr(func, "rehearse", None) is None else _rehearsed(func, args)
+
+
+def _rehearsed(func: Any, args: tuple[Any, ...]) -> int:
+    """Triton's launches and torch's around them, from a call of the launcher; cached by shape."""
+    key = (func, *map(_outline, args))
+    if key not in _REHEARSED:
+        with _disable_current_modes(), FakeTensorMode(), LaunchCounter() as around:
+            started = func.rehearse(*map(_without_values, args))
+        if started is None:
+            return 1  # without Triton a launcher cannot be asked
+        _REHEARSED[key] = started + around.kernels
+    return _REHEARSED[key]
+
+
+def _outline(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(map(_outline, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _without_values(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return [*map(_without_values, value)] if isinstance(value, (list, tuple)) else value
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -206,6 +236,19 @@ def _attention_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: A
     return _attention(args[1].shape, args[2].shape, is_causal) * 10 // 4
 
 
+def _segments_forward(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+    query, query_lengths, key_lengths, is_causal = args[0], *args[3:6]
+    pairs = 0
+    for rows, columns in zip(query_lengths, key_lengths, strict=True):
+        hidden = rows * (rows - 1) // 2 if is_causal else 0  # the last row sees all, the one before one less
+        pairs += rows * columns - hidden
+    return 4 * query.shape[1] * query.shape[2] * pairs
+
+
+def _segments_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
+    return _segments_forward((args[1], *args[2:4], *args[6:9]), kwargs, out) * 10 // 4
+
+
 def _convolution_backward(args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> int:
     """Both gradients; torch's own count takes a depthwise convolution for a dense one."""
     gradient, weight, wanted = args[0].shape, args[2].shape, args[-1]
@@ -216,4 +259,6 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention_forward,
     "aten::_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
     "aten::convolution_backward": _convolution_backward,
+    "reca_profiling::attention": _segments_forward,
+    "reca_profiling::attention_backward": _segments_backward,
 }

@@ -92,12 +92,16 @@ def plan(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Dotted overrides.")
     ] = None,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many; one is supported so far.")] = 1,
+    launches: Annotated[
+        bool,
+        typer.Option("--launches", help="Kernels and bytes by operator, in plain torch and with operators."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """What a recipe needs of a GPU: memory part by part, FLOPs, PREDICTED time. Needs no GPU, no weights."""
     from reca.commands import plan as command
 
-    result = command.plan_recipe(recipe, overrides or [], gpu=gpu, gpus=gpus)
+    result = command.plan_recipe(recipe, overrides or [], gpu=gpu, gpus=gpus, launches=launches)
     if as_json:
         print_json(command.record(result))
     else:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from reca.randomness import RandomSource, key_of, philox
+from reca.kernels import philox, philox4x32
+from reca.profiling.launches import LaunchCounter
+from reca.randomness import RandomSource, key_of
 
 SAMPLES = torch.tensor([0, 3, (5 << 32) | 7])
 
 
-def test_philox_matches_the_published_known_answers() -> None:
+@pytest.mark.parametrize("make", [int, lambda word: torch.tensor([word])])
+def test_philox_matches_the_published_known_answers(make: Callable[[int], Any]) -> None:
     # Random123 kat_vectors, philox 4x32 10 rounds: zero counter and key, and all ones.
-    zero = torch.tensor([0])
-    assert [int(w) for w in philox(0, (zero, zero, zero, zero))] == [
-        0x6627E8D5,
-        0xE169C58D,
-        0xBC57AC4C,
-        0x9B00DBD8,
-    ]
-    ones = torch.tensor([0xFFFFFFFF])
-    words = philox(0xFFFFFFFFFFFFFFFF, (ones, ones, ones, ones))
+    zero, ones = make(0), make(0xFFFFFFFF)
+    words = philox4x32(0, zero, zero, zero, zero)
+    assert [int(w) for w in words] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    words = philox4x32(0xFFFFFFFFFFFFFFFF, ones, ones, ones, ones)
     assert [int(w) for w in words] == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
 
 
@@ -89,6 +89,27 @@ def test_permutations_hold_every_index_once_and_change_with_the_epoch(length: in
 def test_integers_stay_below_their_bound_and_reach_all_values() -> None:
     drawn = {RandomSource(0).integer("prompt", i, 5) for i in range(200)}
     assert drawn == set(range(5))
+
+
+@pytest.mark.parametrize("sample", [0, 5, (1 << 63) - 1, -3])
+def test_decisions_on_the_host_are_the_first_number_of_the_sample(sample: int) -> None:
+    source, ids = RandomSource(9, 4), torch.tensor([sample])
+    assert source.scalar("crop", sample) == float(source.uniform("crop", ids, 1))
+    word = philox(ids, 1, key=key_of(9, "crop"), step=4, distribution="words")
+    assert source.integer("crop", sample, 1237) == int(word) * 1237 >> 32
+
+
+def test_a_draw_is_one_launch_even_if_samples_are_ragged_but_for_their_join() -> None:
+    source = RandomSource(0)
+    for draw, launches in (
+        (lambda: source.normal("noise", SAMPLES, 64), 1),
+        (lambda: source.uniform("order", SAMPLES, 7), 1),
+        (lambda: source.normal_rows("noise", SAMPLES, [4, 4, 4], 3), 1),
+        (lambda: source.normal_rows("noise", SAMPLES, [4, 0, 9], 3), 2),
+    ):
+        with LaunchCounter() as counter:
+            draw()
+        assert counter.kernels == launches
 
 
 def test_keys_differ_by_purpose() -> None:

@@ -55,7 +55,7 @@ class Case:
     """An operator at one shape.
 
     Attributes:
-        operator: its name in `reca.kernels.OPERATORS`.
+        operator: its name in `reca.kernels.OPERATORS`, or `attention`, which is not ours.
         name: where this shape comes from.
         full: sizes of the real step.
         small: sizes for a CPU, where the clock says nothing about a GPU.
@@ -69,6 +69,7 @@ class Case:
         rivals: name -> function that imports a library and returns its provider; ImportError or
             AttributeError say that it is not there.
         mutates: inputs that the operator changes in place; they are its results, and it returns nothing.
+        is_one_pass: whether the forward forms the gradients too, so that only both together have a ceiling.
         is_exact: whether `plain` in fp64 is what `ours` approximates; False where rounding is random on
             purpose, and then no error ratio is formed.
     """
@@ -85,6 +86,7 @@ class Case:
     gradients: tuple[str, ...] = ()
     rivals: Mapping[str, Callable[[], Provider]] = field(default_factory=dict)
     mutates: tuple[str, ...] = ()
+    is_one_pass: bool = False
     is_exact: bool = True
 
 

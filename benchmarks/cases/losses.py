@@ -77,7 +77,9 @@ def _flow_plain(i: Inputs) -> Output:
 
 def _flow_moved(s: Shape, itemsize: int) -> tuple[int, int]:
     size = s["tokens"] * s["dim"] * itemsize
-    return 4 * size, 2 * size  # the gradient is formed with the loss; the backward scales it
+    return 4 * size + 4 * s[
+        "tokens"
+    ], 2 * size  # the gradient is formed with the loss; the backward scales it
 
 
 def _head(make: Maker) -> Inputs:
@@ -110,7 +112,7 @@ def _head_ours(i: Inputs, impl: Impl) -> Output:
 def _head_moved(s: Shape, itemsize: int) -> tuple[int, int]:
     hidden = s["tokens"] * s["width"] * itemsize
     latents = s["tokens"] * s["dim"] * 4
-    return hidden + 3 * latents, 2 * hidden + 2 * latents
+    return hidden + 3 * latents, 2 * hidden + latents
 
 
 def _input(make: Maker) -> Inputs:
@@ -153,7 +155,8 @@ def _input_ours(i: Inputs, impl: Impl) -> Output:
 
 def _input_moved(s: Shape, itemsize: int) -> tuple[int, int]:
     latents, embedded = 2 * s["tokens"] * s["dim"] * 4, s["tokens"] * s["width"] * itemsize
-    return latents + embedded, latents + embedded
+    position = s["tokens"] // s["images"] * s["width"] * 4
+    return latents + embedded + position, latents + embedded
 
 
 _LATENTS = {"tokens": 32_768, "dim": 64, "width": 3584, "images": 8}
@@ -172,6 +175,7 @@ CASES = (
         flops=_token_flops,
         gradients=("hidden", "weight"),
         rivals={"liger": _liger_tokens, "cut-cross-entropy": _cce_tokens, "torch fused": _torch_tokens},
+        is_one_pass=True,
     ),
     Case(
         operator="masked_token_loss",
@@ -185,6 +189,7 @@ CASES = (
         flops=_token_flops,
         gradients=("hidden", "weight"),
         rivals={"liger": _liger_tokens, "cut-cross-entropy": _cce_tokens, "torch fused": _torch_tokens},
+        is_one_pass=True,
     ),
     Case(
         operator="flow_matching_loss",

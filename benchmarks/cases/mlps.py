@@ -38,7 +38,8 @@ def _gated(make: Maker) -> Inputs:
 
 def _gated_moved(s: Shape, itemsize: int) -> tuple[int, int]:
     inner, out = s["rows"] * s["inner"] * itemsize, s["rows"] * s["dim"] * itemsize
-    return 4 * inner + out, 8 * inner + 2 * out
+    weight = s["inner"] * s["dim"] * itemsize
+    return 4 * inner + out + weight, 8 * inner + 2 * (out + weight)
 
 
 def _gated_flops(s: Shape) -> tuple[int, int]:
@@ -81,7 +82,8 @@ def _two_layers_ours(i: Inputs, impl: Impl) -> Output:
 def _two_layers_moved(s: Shape, itemsize: int) -> tuple[int, int]:
     ends = s["rows"] * (s["dim"] + s["out"]) * itemsize
     inner = s["rows"] * s["inner"] * itemsize
-    return ends + 4 * inner, 2 * ends + 7 * inner
+    weights = s["inner"] * (s["dim"] + s["out"]) * itemsize
+    return ends + 4 * inner + weights, 2 * (ends + weights) + 8 * inner
 
 
 def _two_layers_flops(s: Shape) -> tuple[int, int]:
@@ -124,8 +126,10 @@ def _placed_ours(i: Inputs, impl: Impl) -> Output:
 
 def _placed_moved(s: Shape, itemsize: int) -> tuple[int, int]:
     forward, backward = _two_layers_moved(s, itemsize)
-    sequence = 2 * s["sequence"] * s["out"] * itemsize
-    return forward + sequence, backward + sequence
+    row = s["out"] * itemsize
+    kept, tables = 2 * s["sequence"] - s["rows"], min(s["positions"], s["rows"])
+    placed = s["rows"] + kept + tables
+    return forward + placed * row, backward + 2 * (s["rows"] + s["sequence"]) * row
 
 
 _TWO_LAYERS = ("x", "fc1", "bias1", "fc2", "bias2")

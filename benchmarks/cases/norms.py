@@ -9,7 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reca.benchmarks.cases.case import Case, Inputs, Maker, Output, Provider, Shape
-from reca.kernels import Impl, add_rms_norm, gate_residual, layer_norm_modulate, qk_norm_rope, rms_norm
+from reca.kernels import (
+    Impl,
+    add_layer_norm,
+    add_rms_norm,
+    gate_residual,
+    layer_norm,
+    layer_norm_modulate,
+    qk_norm_rope,
+    qk_norm_rope_spread,
+    rms_norm,
+)
 
 _EPS = 1e-6
 
@@ -32,6 +42,12 @@ def _liger_rms() -> Provider:
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # type: ignore[import-not-found]
 
     return lambda i: LigerRMSNormFunction.apply(i["x"], i["weight"], _EPS, 0.0, "llama", False)
+
+
+def _xformers_rms() -> Provider:
+    from xformers.ops.rmsnorm import rms_norm as theirs  # type: ignore[import-not-found]
+
+    return lambda i: theirs(i["x"], i["weight"], _EPS)
 
 
 def _torch_rms() -> Provider:
@@ -133,8 +149,75 @@ def _partial_plain(i: Inputs) -> Output:
 
 def _qk_moved(s: Shape, itemsize: int) -> tuple[int, int]:
     row = (s["heads"] + 2 * s["kv_heads"]) * s["dim"] * itemsize
-    angles = s["dim"] * 4
-    return s["rows"] * (2 * row + angles), s["rows"] * (3 * row + angles)
+    values, angles = s["kv_heads"] * s["dim"] * itemsize, s.get("rotated", s["dim"]) * 4
+    # The backward needs no values: their gradient is passed on.
+    return s["rows"] * (2 * row + angles), s["rows"] * (3 * row - values + angles)
+
+
+def _spread(make: Maker) -> Inputs:
+    """Rows of [what three segments see; what two see; what one sees], and places in any order."""
+    seen, words, image = (make.shape["samples"] * make.shape[name] for name in ("seen", "words", "image"))
+    rows, shared = seen + words + image, seen + words
+    places = torch.arange(rows + shared + seen, device=make.device)
+    destinations = torch.full((rows, 3), -1, device=make.device)
+    destinations[:, 0] = places[:rows]
+    destinations[:shared, 1], destinations[:seen, 2] = places[rows : rows + shared], places[rows + shared :]
+    inputs = _partial(Maker({**make.shape, "rows": rows}, make.device, make.dtype, make.generator))
+    calls = {"query_rows": [rows - words, words], "key_rows": [len(places) - shared, shared]}
+    return {**inputs, "destinations": destinations, **calls}
+
+
+def _spread_ours(i: Inputs, impl: Impl) -> Output:
+    names = ("destinations", "heads", "kv_heads", "query_rows", "key_rows", "query_bias", "key_bias")
+    tensors = (i[name] for name in ("qkv", "query_weight", "key_weight", "cos", "sin"))
+    calls = qk_norm_rope_spread(*tensors, eps=_EPS, impl=impl, **{name: i[name] for name in names})
+    return tuple(part for kind in zip(*calls, strict=True) for part in kind)
+
+
+def _spread_plain(i: Inputs) -> Output:
+    query, key, value = _partial_plain(i)  # type: ignore[misc]
+    destinations = i["destinations"]
+    rows = torch.arange(len(destinations), device=query.device)[:, None].expand_as(destinations)
+    sources = rows.new_zeros(sum(i["key_rows"]))
+    sources[destinations[destinations >= 0]] = rows[destinations >= 0]
+    stored = (part.index_select(0, sources).split(i["key_rows"]) for part in (key, value))
+    return (*query.split(i["query_rows"]), *(piece for pieces in stored for piece in pieces))
+
+
+def _spread_moved(s: Shape, itemsize: int) -> tuple[int, int]:
+    head = s["heads"] * s["dim"] * itemsize
+    rows = s["samples"] * (s["seen"] + s["words"] + s["image"])
+    places = s["samples"] * (3 * s["seen"] + 2 * s["words"] + s["image"])
+    tables = rows * (s["rotated"] * 4 + 3 * 8)
+    return (4 * rows + 2 * places) * head + tables, (6 * rows + 2 * places) * head + tables
+
+
+def _stream(make: Maker) -> Inputs:
+    """An fp32 stream, what two branches add to it, and what the norm of the sum is multiplied with."""
+    rows, dim = make.shape["rows"], make.shape["dim"]
+    return {
+        "residual": make.normal(rows, dim, dtype=torch.float32),
+        "attended": make.normal(rows, dim),
+        "fed": make.normal(rows, dim),
+        "weight": make.normal(dim, dtype=torch.float32),
+        "bias": make.normal(dim, dtype=torch.float32),
+    }
+
+
+def _layer_norm_ours(i: Inputs, impl: Impl) -> Output:
+    deltas, parameters = (i["attended"], i["fed"]), (i["weight"], i["bias"])
+    return add_layer_norm(i["residual"], deltas, *parameters, eps=_EPS, readers=2, impl=impl)
+
+
+def _layer_norm_plain(i: Inputs) -> Output:
+    summed = i["residual"] + (i["attended"] + i["fed"])
+    normed = F.layer_norm(summed, summed.shape[-1:], i["weight"], i["bias"], _EPS).to(i["fed"].dtype)
+    return summed, normed, normed
+
+
+def _layer_norm_moved(s: Shape, itemsize: int) -> tuple[int, int]:
+    narrow = itemsize if itemsize != 4 else 0  # a gradient of one dtype is written once
+    return s["rows"] * s["dim"] * (8 + 3 * itemsize), s["rows"] * s["dim"] * (12 + 2 * itemsize + narrow)
 
 
 def _modulated(make: Maker) -> Inputs:
@@ -185,7 +268,7 @@ CASES = (
         plain=lambda i: _rms(i["x"], i["weight"]),
         moved=_element_wise(1, 1, 2, 1),
         gradients=("x", "weight"),
-        rivals={"liger": _liger_rms, "torch fused": _torch_rms},
+        rivals={"liger": _liger_rms, "torch fused": _torch_rms, "xformers": _xformers_rms},
     ),
     Case(
         operator="rms_norm",
@@ -222,6 +305,41 @@ CASES = (
         gradients=("qkv", "query_weight", "key_weight", "query_bias", "key_bias"),
     ),
     Case(
+        operator="qk_norm_rope",
+        name="show-o trunk, keys and values for two attention calls",
+        full={"samples": 2, "seen": 578, "words": 33, "image": 1024, "heads": 32, "kv_heads": 32, "dim": 64}
+        | {"rotated": 32},
+        small={"samples": 2, "seen": 9, "words": 5, "image": 18, "heads": 4, "kv_heads": 4, "dim": 16}
+        | {"rotated": 8},
+        make=_spread,
+        ours=_spread_ours,
+        plain=_spread_plain,
+        moved=_spread_moved,
+        gradients=("qkv", "query_weight", "key_weight", "query_bias", "key_bias"),
+    ),
+    Case(
+        operator="layer_norm",
+        name="show-o trunk, fp32 stream, two branches in and two out",
+        full={"rows": 3270, "dim": 2048},
+        small=_SMALL,
+        make=_stream,
+        ours=_layer_norm_ours,
+        plain=_layer_norm_plain,
+        moved=_layer_norm_moved,
+        gradients=("residual", "attended", "fed", "weight", "bias"),
+    ),
+    Case(
+        operator="layer_norm",
+        name="clip tower, input norm",
+        full={"rows": 1154, "dim": 1024},
+        small=_SMALL,
+        make=lambda make: _rows(make) | {"bias": make.normal(make.shape["dim"])},
+        ours=lambda i, impl: layer_norm(i["x"], i["weight"], i["bias"], eps=_EPS, impl=impl),
+        plain=lambda i: F.layer_norm(i["x"], i["x"].shape[-1:], i["weight"], i["bias"], _EPS),
+        moved=_element_wise(1, 1, 2, 1),
+        gradients=("x", "weight", "bias"),
+    ),
+    Case(
         operator="adaln_modulation",
         name="harmon-1.5b diffusion head, norm and modulation",
         full=_HEAD,
@@ -229,7 +347,7 @@ CASES = (
         make=_modulated,
         ours=lambda i, impl: layer_norm_modulate(i["x"], i["shift"], i["scale"], eps=_EPS, impl=impl),
         plain=_modulate_plain,
-        moved=_element_wise(3, 1, 3, 3),
+        moved=_element_wise(3, 1, 3, 2),  # the gradient of the shift is the one that comes in
         gradients=("x", "shift", "scale"),
         rivals={"liger": _liger_modulate},
     ),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from reca.benchmarks.cases.case import Case, Inputs, Maker, Output, Provider, Shape
 from reca.kernels import Impl, adamw_, split_master
@@ -133,6 +134,36 @@ def _eighth_plain(i: Inputs) -> Output:
     _plain({**i, "exp_avg": moments[0], "exp_avg_sq": moments[1], "ema": i["ema"].to(torch.bfloat16)})
 
 
+def _with_optimizer(make_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> Provider:
+    """A library's optimizer with a state of its own for every set of inputs, made at the first step."""
+    made: dict[int, torch.optim.Optimizer] = {}
+
+    def provider(i: Inputs) -> Output:
+        key = i["weight"].data_ptr()
+        if key not in made:
+            parameter = nn.Parameter(i["weight"])
+            parameter.grad = i["gradient"]
+            made[key] = make_optimizer([parameter])
+        made[key].step()
+        return None
+
+    return provider
+
+
+def _torchao() -> Provider:
+    from torchao.optim import AdamW8bit  # type: ignore[import-not-found]
+
+    settings: dict[str, Any] = {"betas": _BETAS, "eps": _EPS, "weight_decay": _DECAY}
+    return _with_optimizer(lambda made: AdamW8bit(made, lr=_LR, bf16_stochastic_round=True, **settings))
+
+
+def _bitsandbytes() -> Provider:
+    from bitsandbytes.optim import AdamW8bit  # type: ignore[import-not-found]
+
+    settings: dict[str, Any] = {"betas": _BETAS, "eps": _EPS, "weight_decay": _DECAY}
+    return _with_optimizer(lambda made: AdamW8bit(made, lr=_LR, **settings))
+
+
 def _moved(per_element: int) -> Any:
     def moved(s: Shape, itemsize: int) -> tuple[int, int]:
         return per_element * s["count"], 0
@@ -176,6 +207,7 @@ CASES = (
         plain=_eighth_plain,
         moved=_moved(10),
         mutates=("weight",),
+        rivals={"torchao": _torchao, "bitsandbytes, rounded to nearest": _bitsandbytes},
         is_exact=False,
     ),
 )

@@ -1,4 +1,4 @@
-"""The pieces of a SANA block around its products."""
+"""The pieces of a SANA block around its products, on an fp32 residual stream beside narrower rows."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from reca.benchmarks.cases.case import Case, Inputs, Maker, Output, Shape
-from reca.kernels import depthwise_glu, linear_attention
+from reca.kernels import add_layer_norm_modulate, depthwise_glu, group_gate_residual, linear_attention
 
-_EPS = 1e-15
+_EPS, _NORM_EPS = 1e-15, 1e-6
 
 
 def _grid(make: Maker) -> Inputs:
@@ -54,7 +54,58 @@ def _heads_moved(s: Shape, itemsize: int) -> tuple[int, int]:
     return 4 * size, 7 * size
 
 
+def _stream(make: Maker) -> Inputs:
+    s = make.shape
+    rows, wide = (s["images"], s["tokens"], s["dim"]), {"dtype": torch.float32}
+    shared = {name: make.normal(s["images"], 1, s["dim"], **wide) for name in ("shift", "scale", "gate")}
+    return {"residual": make.normal(*rows, **wide), "x": make.normal(*rows)} | shared
+
+
+def _modulate_plain(i: Inputs) -> Output:
+    summed = i["residual"] + i["x"]
+    normed = F.layer_norm(summed, summed.shape[-1:], None, None, _NORM_EPS)
+    return summed, (normed * (1 + i["scale"]) + i["shift"]).to(i["x"].dtype)
+
+
+def _stream_moved(s: Shape, itemsize: int) -> tuple[int, int]:
+    """Sum and norm: two rows in and two out; back, two gradients and the sum in and two gradients out."""
+    size, narrow = s["images"] * s["tokens"] * s["dim"], itemsize if itemsize != 4 else 0
+    return (8 + 2 * itemsize) * size, (12 + itemsize + narrow) * size
+
+
+def _gate_moved(s: Shape, itemsize: int) -> tuple[int, int]:
+    size = s["images"] * s["tokens"] * s["dim"]
+    return (8 + itemsize) * size, (4 + 2 * itemsize) * size
+
+
+_STREAM = {"images": 42, "tokens": 256, "dim": 2240}
+_SMALL = {"images": 3, "tokens": 16, "dim": 48}
+
 CASES = (
+    Case(
+        operator="adaln_modulation",
+        name="openuni-l-512, sum, norm and modulation of 42 images",
+        full=_STREAM,
+        small=_SMALL,
+        make=_stream,
+        ours=lambda i, impl: add_layer_norm_modulate(
+            i["residual"], i["x"], i["shift"], i["scale"], eps=_NORM_EPS, dtype=i["x"].dtype, impl=impl
+        ),
+        plain=_modulate_plain,
+        moved=_stream_moved,
+        gradients=("residual", "x", "shift", "scale"),
+    ),
+    Case(
+        operator="adaln_modulation",
+        name="openuni-l-512, gate of 42 images and residual",
+        full=_STREAM,
+        small=_SMALL,
+        make=_stream,
+        ours=lambda i, impl: group_gate_residual(i["x"], i["gate"], i["residual"], impl=impl),
+        plain=lambda i: i["residual"] + i["gate"] * i["x"],
+        moved=_gate_moved,
+        gradients=("x", "gate", "residual"),
+    ),
     Case(
         operator="depthwise_glu",
         name="openuni-l-512, 42 images of 16 x 16",

@@ -75,6 +75,41 @@ def _bitsandbytes() -> Provider:
     return provider
 
 
+def _torchao_nf4() -> Provider:
+    from torchao.dtypes.nf4tensor import linear_nf4, to_nf4  # type: ignore[import-not-found]
+
+    made: dict[int, Any] = {}
+
+    def provider(i: Inputs) -> Output:
+        weight: Nf4Weight = i["quantized"]
+        key = weight.packed.data_ptr()
+        if key not in made:
+            made[key] = to_nf4(dequantize_nf4(weight, i["x"].dtype), 64, 256)
+        return linear_nf4(i["x"], made[key])  # type: ignore[no-any-return]
+
+    return provider
+
+
+def _torchao_fp8() -> Provider:
+    from torchao.quantization import Float8WeightOnlyConfig, quantize_  # type: ignore[import-not-found]
+
+    made: dict[int, torch.nn.Linear] = {}
+
+    def provider(i: Inputs) -> Output:
+        key = i["values"].data_ptr()
+        if key not in made:
+            out, width = i["values"].shape
+            layer = torch.nn.Linear(width, out, bias=False, device=i["x"].device, dtype=i["x"].dtype)
+            wide = i["values"].to(torch.float32) * i["scale"].to(torch.float32)[:, None]
+            layer.weight.requires_grad_(False).copy_(wide)
+            quantize_(layer, Float8WeightOnlyConfig())
+            made[key] = layer
+        result: Tensor = made[key](i["x"])
+        return result
+
+    return provider
+
+
 def _moved(bits: float | None) -> Any:
     def moved(s: Shape, itemsize: int) -> tuple[int, int]:
         size = s["out"] * s["in"] * (itemsize if bits is None else bits / 8)
@@ -116,6 +151,7 @@ CASES = (
         moved=_moved(8),
         flops=_flops,
         gradients=("x",),
+        rivals={"torchao": _torchao_fp8},
     ),
     Case(
         operator="skinny_linear",
@@ -128,6 +164,6 @@ CASES = (
         moved=_moved(4.13),
         flops=_flops,
         gradients=("x",),
-        rivals={"bitsandbytes": _bitsandbytes},
+        rivals={"bitsandbytes": _bitsandbytes, "torchao": _torchao_nf4},
     ),
 )

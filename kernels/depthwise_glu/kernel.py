@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator, assignment"
-"""Triton: a program walks a strip of rows from left to right and holds three columns of it in registers.
+"""Triton: a program walks a strip of rows from left to right; sums or three columns of it are in registers.
 
 An input is loaded and activated once per strip, not once per tap; only the halo above and below is repeated.
 """
@@ -12,12 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from reca.kernels._launch import (
-    DEFAULT_MULTIPROCESSORS,
-    MULTIPROCESSORS,
     architecture_of,
     ceil_div,
     launch,
     launch_config,
+    multiprocessors,
     next_power_of_two,
 )
 
@@ -96,6 +95,35 @@ def _tap_gradients(sums, d_total, left, mid, right, ROW: tl.constexpr):
 
 
 @triton.jit
+def _spread(late, soon, bias, column, taps, ROWS: tl.constexpr):
+    """Sums of three columns of outputs with a column of pixels added: finished, next `late`, next `soon`.
+
+    Holding sums instead of pixels spares moving them on at every column, a seventh of all instructions.
+    """
+    finished, later, sooner = (), (), ()
+    for row in tl.static_range(ROWS):
+        left, mid, right = bias, soon[row], late[row]
+        for dy in tl.static_range(3):
+            left += column[row + dy] * taps[3 * dy]
+            mid += column[row + dy] * taps[3 * dy + 1]
+            right += column[row + dy] * taps[3 * dy + 2]
+        finished += (right,)
+        later += (mid,)
+        sooner += (left,)
+    return finished, later, sooner
+
+
+@triton.jit
+def _store_gated(out_ptr, top, x, height, width, inner, cols, values, gates, ROWS: tl.constexpr):
+    """Column x of value * gate * sigmoid(gate)."""
+    for row in tl.static_range(ROWS):
+        y, gate = top + row, gates[row]
+        inside = cols < tl.where((y < height) & (x >= 0), inner, 0)
+        out = (values[row] * gate * _sigmoid(gate)).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (y * width + x) * inner + cols, out, mask=inside)
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr,
     weight_ptr,
@@ -123,21 +151,15 @@ def _forward_kernel(
     value_bias = _bias(bias_ptr, cols, inner, HAS_BIAS, COLS)
     gate_bias = _bias(bias_ptr + inner, cols, inner, HAS_BIAS, COLS)
     above, stride = top - 1, 2 * inner
-    left = _zeros(ROWS + 2, COLS)
-    left_gate = left
-    mid = _column(value_ptr, above, 0, height, width, stride, cols, inner, ROWS + 2, ACTIVATE)
-    mid_gate = _column(gate_ptr, above, 0, height, width, stride, cols, inner, ROWS + 2, ACTIVATE)
+    late, late_gate = (value_bias,) * ROWS, (gate_bias,) * ROWS
+    soon, soon_gate = late, late_gate
     for x in range(0, width):
-        right = _column(value_ptr, above, x + 1, height, width, stride, cols, inner, ROWS + 2, ACTIVATE)
-        right_gate = _column(gate_ptr, above, x + 1, height, width, stride, cols, inner, ROWS + 2, ACTIVATE)
-        for row in tl.static_range(ROWS):
-            value = _correlate(value_bias, left, mid, right, value_taps, row)
-            gate = _correlate(gate_bias, left_gate, mid_gate, right_gate, gate_taps, row)
-            y = top + row
-            inside = cols < tl.where(y < height, inner, 0)
-            out = (value * gate * _sigmoid(gate)).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + (y * width + x) * inner + cols, out, mask=inside)
-        left, left_gate, mid, mid_gate = mid, mid_gate, right, right_gate
+        column = _column(value_ptr, above, x, height, width, stride, cols, inner, ROWS + 2, ACTIVATE)
+        values, late, soon = _spread(late, soon, value_bias, column, value_taps, ROWS)
+        column = _column(gate_ptr, above, x, height, width, stride, cols, inner, ROWS + 2, ACTIVATE)
+        gates, late_gate, soon_gate = _spread(late_gate, soon_gate, gate_bias, column, gate_taps, ROWS)
+        _store_gated(out_ptr, top, x - 1, height, width, inner, cols, values, gates, ROWS)
+    _store_gated(out_ptr, top, width - 1, height, width, inner, cols, late, late_gate, ROWS)
 
 
 @triton.jit
@@ -215,6 +237,32 @@ def _gate_backward_kernel(
 
 
 @triton.jit
+def _store_dx(
+    dx_ptr,
+    x_ptr,
+    top,
+    x,
+    height,
+    width,
+    channels,
+    cols,
+    gradients,
+    ROWS: tl.constexpr,
+    ACTIVATE: tl.constexpr,
+):
+    """Column x of the gradient, that of the activation included."""
+    for row in tl.static_range(ROWS):
+        y, dx = top + row, gradients[row]
+        inside = cols < tl.where((y < height) & (x >= 0), channels, 0)
+        at = (y * width + x) * channels + cols
+        if ACTIVATE:
+            pixel = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            sigmoid = _sigmoid(pixel)
+            dx *= sigmoid * (1.0 + pixel * (1.0 - sigmoid))
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _input_backward_kernel(
     d_convolved_ptr,
     x_ptr,
@@ -236,27 +284,19 @@ def _input_backward_kernel(
     x_ptr += start
     dx_ptr += start
     taps = _taps(weight_ptr, cols, channels, True)
-    left = _zeros(ROWS + 2, COLS)
-    mid = _column(d_image_ptr, top - 1, 0, height, width, channels, cols, channels, ROWS + 2, False)
+    zero = tl.zeros([COLS], tl.float32)
+    late, soon = (zero,) * ROWS, (zero,) * ROWS
     for x in range(0, width):
-        right = _column(d_image_ptr, top - 1, x + 1, height, width, channels, cols, channels, ROWS + 2, False)
-        for row in tl.static_range(ROWS):
-            dx = _correlate(tl.zeros([COLS], tl.float32), left, mid, right, taps, row)
-            y = top + row
-            inside = cols < tl.where(y < height, channels, 0)
-            at = (y * width + x) * channels + cols
-            if ACTIVATE:
-                pixel = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
-                sigmoid = _sigmoid(pixel)
-                dx *= sigmoid * (1.0 + pixel * (1.0 - sigmoid))
-            tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        left, mid = mid, right
+        column = _column(d_image_ptr, top - 1, x, height, width, channels, cols, channels, ROWS + 2, False)
+        gradients, late, soon = _spread(late, soon, zero, column, taps, ROWS)
+        _store_dx(dx_ptr, x_ptr, top, x - 1, height, width, channels, cols, gradients, ROWS, ACTIVATE)
+    _store_dx(dx_ptr, x_ptr, top, width - 1, height, width, channels, cols, late, ROWS, ACTIVATE)
 
 
-def _geometry(x: Tensor, width: int) -> tuple[int, int, int, int]:
+def _geometry(x: Tensor, width: int, tiles: int = 1) -> tuple[int, int, int, int]:
     """(strips per image, columns per program, blocks of columns, warps)."""
     config = launch_config("depthwise_glu", architecture_of(x), x.dtype, width)
-    cols = min(config.tile, next_power_of_two(width))
+    cols = min(tiles * config.tile, next_power_of_two(width))
     return ceil_div(x.shape[1], _ROWS), cols, ceil_div(width, cols), config.warps
 
 
@@ -300,7 +340,7 @@ def backward(
     images, height, width, channels = x.shape
     strips, cols, blocks, warps = _geometry(x, channels // 2)
     # Four programs per multiprocessor: more would write more partial sums, fewer would not hide the latency.
-    groups = max(1, 4 * MULTIPROCESSORS.get(architecture_of(x), DEFAULT_MULTIPROCESSORS) // blocks)
+    groups = max(1, 4 * multiprocessors(architecture_of(x)) // blocks)
     steps = ceil_div(images * strips, groups) if with_dweight else 1
     grid = (ceil_div(images * strips, max(steps, 1)), blocks)
     d_convolved = x.new_empty(x.shape if with_dx else (0,))
@@ -330,7 +370,8 @@ def backward(
     )
     dx = torch.empty_like(d_convolved)
     if with_dx:
-        strips, cols, blocks, warps = _geometry(x, channels)
+        # Four channels per thread: without gates there are registers for them, a quarter fewer instructions.
+        strips, cols, blocks, warps = _geometry(x, channels, 2)
         launch(
             _input_backward_kernel,
             (images * strips, blocks),

@@ -25,11 +25,6 @@ def _convolve(active: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(active, weight.to(active.dtype), wide_bias, padding=1, groups=weight.shape[0])
 
 
-def _silu_slope(x: Tensor) -> Tensor:
-    sigmoid = torch.sigmoid(x)
-    return sigmoid * (1 + x * (1 - sigmoid))
-
-
 @without_autocast
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, activate: bool) -> Tensor:
     """[images, height, width, inner] in the dtype of x."""
@@ -46,16 +41,11 @@ def backward(
     active = F.silu(wide) if activate else wide
     value, gate = _convolve(active, weight, bias).chunk(2, dim=1)
     d_wide = _images(d_out)
-    d_convolved = torch.cat([d_wide * F.silu(gate), d_wide * value * _silu_slope(gate)], dim=1)
-    # The transposed convolution is the convolution with the taps turned by 180 degrees.
-    d_active = _convolve(d_convolved, weight.flip(2, 3), None)
-    dx = (d_active * _silu_slope(wide) if activate else d_active).permute(0, 2, 3, 1)
-    height, width = x.shape[1:3]
-    padded = F.pad(active, (1, 1, 1, 1))
-    taps = [
-        (d_convolved * padded[:, :, dy : dy + height, dx_ : dx_ + width]).sum(dim=(0, 2, 3))
-        for dy in range(3)
-        for dx_ in range(3)
-    ]
-    d_weight = torch.stack(taps, dim=1).view(-1, 1, 3, 3)
-    return dx.to(x.dtype).contiguous(), d_weight, d_convolved.sum(dim=(0, 2, 3))
+    d_gate = torch.ops.aten.silu_backward(d_wide * value, gate)
+    d_convolved = torch.cat([d_wide * F.silu(gate), d_gate], dim=1)
+    settings = (weight.shape[:1], (1, 1), (1, 1), (1, 1), False, (0, 0), weight.shape[0], (True, True, True))
+    d_active, d_weight, d_bias = torch.ops.aten.convolution_backward(
+        d_convolved, active, weight.to(wide.dtype), *settings
+    )
+    dx = torch.ops.aten.silu_backward(d_active, wide) if activate else d_active
+    return dx.permute(0, 2, 3, 1).to(x.dtype).contiguous(), d_weight, d_bias

@@ -89,6 +89,8 @@ class _DiffusionLoss(torch.autograd.Function):
         loss, squared_error, variational, gradient = _forward(output, *others, True)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(squared_error, variational)
+        # Else two tensors of zeros would be made for what has no gradient.
+        ctx.set_materialize_grads(False)
         return loss, squared_error, variational
 
     @staticmethod

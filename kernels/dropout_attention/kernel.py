@@ -1,7 +1,8 @@
 # mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator"
 """Triton: online softmax over tiles of one head of one sample; every tile draws its piece of the mask again.
 
-A head is held as two parts, a power of two and the rest: 80 columns cost 64 + 16, not 128.
+A head is held as two parts, a power of two and the rest: 80 columns cost 64 + 16, not 128. Wider
+ones are held whole: as 64 + 32 they spill registers, which costs more than idle lanes.
 """
 
 from __future__ import annotations
@@ -306,7 +307,7 @@ def _key_kernel(
 def _constants(qkv: Tensor, lengths: Sequence[int], samples: Tensor) -> dict[str, Any]:
     """The compile-time parameters that all three kernels share, and the warps."""
     heads, dim = qkv.shape[2:]
-    part = max(16, next_power_of_two(dim + 1) // 2)
+    part = max(16, next_power_of_two(dim + 1) // 2) if dim <= 80 else next_power_of_two(dim)
     config = launch_config("dropout_attention", architecture_of(qkv), qkv.dtype, dim)
     return {
         "warps": config.warps,

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="import-untyped, no-untyped-def, no-untyped-call, untyped-decorator"
-"""Triton: one walk over a row gives norm, prediction and loss; the backward is one product per tile."""
+"""Triton: one walk over a row gives norm, prediction and loss; so does one walk of the backward."""
 
 from __future__ import annotations
 
@@ -8,10 +8,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from reca.kernels._launch import architecture_of, as_rows, ceil_div, launch, launch_config, next_power_of_two
+from reca.kernels._launch import (
+    architecture_of,
+    as_rows,
+    ceil_div,
+    launch,
+    launch_config,
+    multiprocessors,
+    next_power_of_two,
+)
 from reca.kernels._triton_random import normal_rows
+from reca.kernels.flow_head.reference import Gradients
 
 _ROWS = 64
+# Columns count in the backward: every block of them reads the gradient of the predictions again, from L2.
+_BACKWARD_ROWS = 32
+_NARROW = 32
 
 
 @triton.jit
@@ -99,33 +111,93 @@ def _backward_kernel(
     rstd_ptr,
     mean_ptr,
     d_hidden_ptr,
+    products_ptr,
+    sums_ptr,
     tokens,
     width,
     dim,
     hidden_stride,
+    steps,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DIM: tl.constexpr,
+    WITH_DHIDDEN: tl.constexpr,
+    WITH_DPARAMETERS: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    cols = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    """One read of `steps` blocks of rows serves their own gradient and their share of the parameters'."""
+    group = tl.program_id(1).to(tl.int64)
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     dims = tl.arange(0, DIM)
-    present = rows < tokens
-    inside = present[:, None] & (cols < width)[None, :]
-    d_prediction_mask = present[:, None] & (dims < dim)[None, :]
-    d_prediction = tl.load(d_prediction_ptr + rows[:, None] * dim + dims, mask=d_prediction_mask, other=0.0)
     weight_mask = (dims < dim)[:, None] & (cols < width)[None, :]
-    weight_at = weight_ptr + dims.to(tl.int64)[:, None] * width + cols[None, :]
-    weight = tl.load(weight_at, mask=weight_mask, other=0.0)  # [DIM, COLS]
-    d_normed = tl.dot(d_prediction.to(weight_ptr.dtype.element_ty), weight, input_precision="ieee")
+    weight_at = dims.to(tl.int64)[:, None] * width + cols[None, :]
+    weight = tl.load(weight_ptr + weight_at, mask=weight_mask, other=0.0)  # [DIM, COLS]
     scale = tl.load(scale_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)
-    rstd = tl.load(rstd_ptr + rows, mask=present, other=0.0)[:, None]
-    mean = tl.load(mean_ptr + rows, mask=present, other=0.0)[:, None]
-    hidden = tl.load(hidden_ptr + rows[:, None] * hidden_stride + cols, mask=inside, other=0.0)
-    d_hidden = d_normed * scale[None, :] - hidden.to(tl.float32) * rstd * mean
-    d_hidden *= rstd * tl.load(d_loss_ptr)
-    d_hidden_at = d_hidden_ptr + rows[:, None] * width + cols
-    tl.store(d_hidden_at, d_hidden.to(d_hidden_ptr.dtype.element_ty), mask=inside)
+    d_loss = tl.load(d_loss_ptr)
+    products = tl.zeros([DIM, COLS], tl.float32)
+    sums = tl.zeros([DIM], tl.float32)
+    # The hint also takes loads that feed no product through shared memory: 50 registers less.
+    for step in tl.range(0, steps, num_stages=3):
+        rows = (group * steps + step) * ROWS + tl.arange(0, ROWS)
+        present = rows < tokens
+        inside = present[:, None] & (cols < width)[None, :]
+        drawn = present[:, None] & (dims < dim)[None, :]
+        d_prediction = tl.load(d_prediction_ptr + rows[:, None] * dim + dims, mask=drawn, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, mask=present, other=0.0)[:, None]
+        hidden = tl.load(hidden_ptr + rows[:, None] * hidden_stride + cols, mask=inside, other=0.0)
+        if WITH_DHIDDEN:
+            d_normed = tl.dot(d_prediction.to(weight_ptr.dtype.element_ty), weight, input_precision="ieee")
+            mean = tl.load(mean_ptr + rows, mask=present, other=0.0)[:, None]
+            d_hidden = d_normed * scale[None, :] - hidden.to(tl.float32) * (rstd * mean)
+            d_hidden *= rstd * d_loss
+            d_hidden_at = d_hidden_ptr + rows[:, None] * width + cols
+            tl.store(d_hidden_at, d_hidden.to(d_hidden_ptr.dtype.element_ty), mask=inside)
+        if WITH_DPARAMETERS:
+            factors = (d_prediction * rstd).to(hidden_ptr.dtype.element_ty)
+            products = tl.dot(tl.trans(factors), hidden, products, input_precision="ieee")
+            if tl.program_id(0) == 0:
+                sums += tl.sum(d_prediction, axis=0)
+    if WITH_DPARAMETERS:
+        tl.store(products_ptr + group * dim * width + weight_at, products, mask=weight_mask)
+        once = dims < tl.where(tl.program_id(0) == 0, dim, 0)
+        tl.store(sums_ptr + group * dim + dims, sums, mask=once)
+
+
+@triton.jit
+def _parameters_kernel(
+    d_loss_ptr,
+    products_ptr,
+    sums_ptr,
+    scale_ptr,
+    weight_ptr,
+    d_scale_ptr,
+    d_weight_ptr,
+    d_bias_ptr,
+    width,
+    dim,
+    groups,
+    COLS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    dims = tl.arange(0, DIM)
+    inside = (dims < dim)[:, None] & (cols < width)[None, :]
+    at = dims.to(tl.int64)[:, None] * width + cols[None, :]
+    products = tl.zeros([DIM, COLS], tl.float32)
+    sums = tl.zeros([DIM], tl.float32)
+    for group in range(0, groups):
+        start = tl.full([], dim, tl.int64) * group
+        products += tl.load(products_ptr + start * width + at, mask=inside, other=0.0)
+        sums += tl.load(sums_ptr + start + dims, mask=dims < dim, other=0.0)
+    d_loss = tl.load(d_loss_ptr)
+    products *= d_loss
+    weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + cols, mask=cols < width, other=0.0).to(tl.float32)
+    d_weight = products * scale[None, :]
+    tl.store(d_weight_ptr + at, d_weight.to(d_weight_ptr.dtype.element_ty), mask=inside)
+    d_scale = tl.sum(products * weight, axis=0)
+    tl.store(d_scale_ptr + cols, d_scale.to(d_scale_ptr.dtype.element_ty), mask=cols < width)
+    d_bias = (sums * d_loss).to(d_bias_ptr.dtype.element_ty)
+    tl.store(d_bias_ptr + dims, d_bias, mask=dims < tl.where(tl.program_id(0) == 0, dim, 0))
 
 
 def forward(
@@ -195,31 +267,70 @@ def backward(
     d_prediction: Tensor,
     rstd: Tensor,
     mean: Tensor,
-) -> Tensor:
-    """d_hidden [tokens, width] in the dtype of hidden."""
-    hidden, weight = as_rows(hidden), weight.contiguous()
+    with_dhidden: bool,
+    with_dparameters: bool,
+) -> Gradients:
+    """Gradients of hidden, scale, weight and bias in the dtypes of these; empty if not asked for."""
+    hidden, weight, scale = as_rows(hidden), weight.contiguous(), scale.contiguous()
     (tokens, width), dim = hidden.shape, weight.shape[0]
-    config = launch_config("flow_head", architecture_of(hidden), hidden.dtype, width)
-    cols = config.tile // _ROWS
-    d_hidden = hidden.new_empty(hidden.shape)
+    architecture = architecture_of(hidden)
+    config = launch_config("flow_head", architecture, hidden.dtype, width)
+    cols, padded = config.tile // _BACKWARD_ROWS, max(16, next_power_of_two(dim))
+    blocks, columns = ceil_div(tokens, _BACKWARD_ROWS), ceil_div(width, cols)
+    # Two programs per multiprocessor: more would write more partial products.
+    groups = max(1, 2 * multiprocessors(architecture) // columns)
+    steps = ceil_div(blocks, groups)
+    grid = (columns, ceil_div(blocks, max(steps, 1)))
+    d_hidden = hidden.new_empty(hidden.shape if with_dhidden else (0,))
+    parts = grid[1] if with_dparameters else 0
+    products, sums = rstd.new_empty(parts, dim, width), rstd.new_empty(parts, dim)
     launch(
         _backward_kernel,
-        (ceil_div(tokens, _ROWS), ceil_div(width, cols)),
+        grid,
         d_loss,
         hidden,
-        scale.contiguous(),
+        scale,
         weight,
         d_prediction,
         rstd,
         mean,
         d_hidden,
+        products,
+        sums,
         tokens,
         width,
         dim,
         hidden.stride(0),
+        steps,
         warps=config.warps,
-        ROWS=_ROWS,
+        ROWS=_BACKWARD_ROWS,
         COLS=cols,
-        DIM=max(16, next_power_of_two(dim)),
+        DIM=padded,
+        WITH_DHIDDEN=with_dhidden,
+        WITH_DPARAMETERS=with_dparameters,
     )
-    return d_hidden
+    shapes = ((width,), (dim, width), (dim,)) if with_dparameters else ((0,), (0,), (0,))
+    d_scale, d_weight, d_bias = (
+        like.new_empty(shape) for like, shape in zip((scale, weight, weight), shapes, strict=True)
+    )
+    if with_dparameters:
+        # Narrow columns: one program for each of 112 pieces of a width of 3,584.
+        launch(
+            _parameters_kernel,
+            (ceil_div(width, _NARROW),),
+            d_loss,
+            products,
+            sums,
+            scale,
+            weight,
+            d_scale,
+            d_weight,
+            d_bias,
+            width,
+            dim,
+            grid[1],
+            warps=config.warps,
+            COLS=_NARROW,
+            DIM=padded,
+        )
+    return d_hidden, d_scale, d_weight, d_bias

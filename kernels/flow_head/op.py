@@ -54,14 +54,22 @@ def _fake(hidden: Tensor, scale: Tensor, weight: Tensor, *others: Any) -> refere
     return loss, d_prediction, rstd, mean
 
 
-def _backward_cuda(*arguments: Tensor) -> Tensor:
+def _backward_cuda(*arguments: Any) -> reference.Gradients:
     from reca.kernels.flow_head import kernel
 
     return kernel.backward(*arguments)
 
 
-def _backward_fake(d_loss: Tensor, hidden: Tensor, *others: Tensor) -> Tensor:
-    return hidden.new_empty(hidden.shape)
+def _backward_fake(
+    d_loss: Tensor, hidden: Tensor, scale: Tensor, weight: Tensor, *others: Any
+) -> reference.Gradients:
+    wanted = (others[-2], *3 * (others[-1],))
+    shapes = (hidden.shape, scale.shape, weight.shape, weight.shape[:1])
+    d_hidden, d_scale, d_weight, d_bias = (
+        like.new_empty(shape if want else (0,))
+        for like, shape, want in zip((hidden, scale, weight, weight), shapes, wanted, strict=True)
+    )
+    return d_hidden, d_scale, d_weight, d_bias
 
 
 _forward = define_op(
@@ -74,7 +82,8 @@ _forward = define_op(
 )
 _backward = define_op(
     f"{_NAME}_backward(Tensor d_loss, Tensor hidden, Tensor scale, Tensor weight, Tensor d_prediction,"
-    " Tensor rstd, Tensor mean) -> Tensor d_hidden",
+    " Tensor rstd, Tensor mean, bool with_dhidden, bool with_dparameters)"
+    " -> (Tensor d_hidden, Tensor d_scale, Tensor d_weight, Tensor d_bias)",
     cpu=reference.backward,
     cuda=_backward_cuda,
     fake=_backward_fake,
@@ -88,7 +97,8 @@ def _forward_flops(hidden_shape: Any, scale_shape: Any, weight_shape: Any, *othe
 
 @register_flop_formula(torch.ops.reca.flow_head_backward)
 def _backward_flops(d_loss_shape: Any, *others: Any, **named: Any) -> int:
-    return _forward_flops(*others)
+    """One product for the rows, one for the parameters."""
+    return int(_forward_flops(*others) * (others[-2] + others[-1]))
 
 
 class _FlowHead(torch.autograd.Function):
@@ -104,17 +114,10 @@ class _FlowHead(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         hidden, scale, weight, d_prediction, rstd, mean = ctx.saved_tensors
         need_hidden, *needed = ctx.needs_input_grad[:4]
-        d_hidden: Tensor | None = None
-        gradients: tuple[Tensor | None, ...] = (None, None, None)
-        if need_hidden:
-            d_hidden = _backward(d_loss, hidden, scale, weight, d_prediction, rstd, mean)
-        if any(needed):
-            gradients = reference.parameter_gradients(d_loss, hidden, scale, weight, d_prediction, rstd)
-        return (
-            d_hidden,
-            *(g if need else None for g, need in zip(gradients, needed, strict=True)),
-            *[None] * 9,
-        )
+        saved = (hidden, scale, weight, d_prediction, rstd, mean)
+        gradients = _backward(d_loss, *saved, need_hidden, any(needed))
+        wanted = zip(gradients, (need_hidden, *needed), strict=True)
+        return (*(gradient if need else None for gradient, need in wanted), *[None] * 9)
 
 
 def flow_head(

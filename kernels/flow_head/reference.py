@@ -22,6 +22,8 @@ from reca.kernels._library import without_autocast
 
 Saved = tuple[Tensor, Tensor, Tensor, Tensor]
 """(loss, d_prediction, rstd, mean)"""
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+"""(d_hidden, d_scale, d_weight, d_bias)"""
 
 
 @without_autocast
@@ -57,27 +59,21 @@ def backward(
     d_prediction: Tensor,
     rstd: Tensor,
     mean: Tensor,
-) -> Tensor:
-    """d_hidden [tokens, width] in the dtype of hidden."""
+    with_dhidden: bool,
+    with_dparameters: bool,
+) -> Gradients:
+    """Of hidden [tokens, width], scale [width], weight [dim, width], bias [dim]; empty if not asked for."""
     dtype = compute_dtype(hidden)
-    d_hat = (d_prediction.to(hidden.dtype).to(dtype) @ weight.to(dtype)) * scale.to(dtype)
-    hat = hidden.to(dtype) * rstd[:, None]
-    return (d_loss.to(dtype) * rstd[:, None] * (d_hat - hat * mean[:, None])).to(hidden.dtype)
-
-
-def parameter_gradients(
-    d_loss: Tensor,
-    hidden: Tensor,
-    scale: Tensor,
-    weight: Tensor,
-    d_prediction: Tensor,
-    rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(d_scale [width], d_weight [dim, width], d_bias [dim]); one product over the tokens."""
-    dtype = compute_dtype(hidden)
-    factors = (d_prediction * rstd[:, None] * d_loss.to(dtype)).to(hidden.dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
-        products = (factors.t() @ hidden).to(dtype)
-    d_scale = (products * weight.to(dtype)).sum(dim=0).to(scale.dtype)
-    d_bias = (d_prediction.sum(dim=0) * d_loss.to(dtype)).to(weight.dtype)
-    return d_scale, (products * scale.to(dtype)).to(weight.dtype), d_bias
+    d_hidden, d_scale, d_weight, d_bias = (x.new_empty(0) for x in (hidden, scale, weight, weight))
+    if with_dhidden:
+        d_hat = (d_prediction.to(hidden.dtype).to(dtype) @ weight.to(dtype)) * scale.to(dtype)
+        hat = hidden.to(dtype) * rstd[:, None]
+        d_hidden = (d_loss.to(dtype) * rstd[:, None] * (d_hat - hat * mean[:, None])).to(hidden.dtype)
+    if with_dparameters:
+        factors = (d_prediction * rstd[:, None]).to(hidden.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            products = d_loss.to(dtype) * (factors.t() @ hidden).to(dtype)
+        d_scale = (products * weight.to(dtype)).sum(dim=0).to(scale.dtype)
+        d_weight = (products * scale.to(dtype)).to(weight.dtype)
+        d_bias = (d_prediction.sum(dim=0) * d_loss.to(dtype)).to(weight.dtype)
+    return d_hidden, d_scale, d_weight, d_bias

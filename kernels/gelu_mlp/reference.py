@@ -12,7 +12,6 @@ dx_ik = d_out_ik slope_ik,    d_bias_k = sum_i dx_ik
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -23,33 +22,15 @@ from reca.kernels._checks import compute_dtype
 
 Activation = Literal["gelu", "gelu_tanh", "gelu_sigmoid", "silu"]
 
-_CUBIC = 0.044715
+_APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 _SIGMOID_SCALE = 1.702
 
 
 def activate(pre: Tensor, activation: str) -> Tensor:
     """The activation of `pre`, at its dtype."""
-    if activation == "gelu":
-        return F.gelu(pre)
-    if activation == "gelu_tanh":
-        return F.gelu(pre, approximate="tanh")
+    if activation in _APPROXIMATE:
+        return F.gelu(pre, approximate=_APPROXIMATE[activation])
     return pre * torch.sigmoid(_SIGMOID_SCALE * pre) if activation == "gelu_sigmoid" else F.silu(pre)
-
-
-def slope(pre: Tensor, activation: str) -> Tensor:
-    """The derivative of the activation at `pre`."""
-    if activation == "gelu":
-        density = torch.exp(-0.5 * pre.square()) / math.sqrt(2 * math.pi)
-        return 0.5 * (1 + torch.erf(pre / math.sqrt(2))) + pre * density
-    if activation == "gelu_tanh":
-        scale = math.sqrt(8 / math.pi)
-        argument = scale * (pre + _CUBIC * pre**3)
-        rate = scale * (1 + 3 * _CUBIC * pre.square())
-        share = torch.sigmoid(argument)
-        return share + pre * share * (1 - share) * rate
-    rate_ = _SIGMOID_SCALE if activation == "gelu_sigmoid" else 1.0
-    share = torch.sigmoid(rate_ * pre)
-    return share + pre * share * (1 - share) * rate_
 
 
 def forward(x: Tensor, bias: Tensor, activation: str) -> Tensor:
@@ -61,7 +42,14 @@ def forward(x: Tensor, bias: Tensor, activation: str) -> Tensor:
 def backward(d_out: Tensor, x: Tensor, bias: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """(dx [rows, width], d_bias [width], summed before dx is rounded)."""
     dtype = compute_dtype(x)
-    dx = d_out.to(dtype) * slope(x.to(dtype) + bias.to(dtype), activation)
+    wide, pre = d_out.to(dtype), x.to(dtype) + bias.to(dtype)
+    if activation == "gelu_sigmoid":
+        share = torch.sigmoid(_SIGMOID_SCALE * pre)
+        dx = wide * (share + pre * share * (1 - share) * _SIGMOID_SCALE)
+    elif activation == "silu":
+        dx = torch.ops.aten.silu_backward(wide, pre)
+    else:
+        dx = torch.ops.aten.gelu_backward(wide, pre, approximate=_APPROXIMATE[activation])
     return dx.to(x.dtype), dx.sum(dim=0).to(bias.dtype)
 
 

@@ -47,16 +47,17 @@ def _walk(
     with_dhidden: bool,
     with_dweight: bool,
     with_dbias: bool,
+    *,
+    alignment: int,
 ) -> Outputs:
-    """Loss and gradients, chunk by chunk in one buffer of logits."""
+    """Loss and gradients, chunk by chunk in one buffer of logits with rows of a multiple of `alignment`."""
     rows, vocab = hidden.shape[0], weight.shape[0]
     with_gradient = with_dhidden or with_dweight or with_dbias
     d_hidden = hidden.new_empty(hidden.shape if with_dhidden else (0,))
     d_weight = weight.new_empty(weight.shape if with_dweight else (0,))
     d_bias = hidden.new_zeros(vocab if with_dbias else 0, dtype=compute_dtype(hidden))
     step = chunk_rows(rows, vocab, hidden.itemsize)
-    # Aligned rows: an odd vocabulary would cost the kernel its wide loads, the products their tensor cores.
-    buffer = hidden.new_empty(min(step, rows), _ALIGNMENT * ceil_div(vocab, _ALIGNMENT))
+    buffer = hidden.new_empty(min(step, rows), alignment * ceil_div(vocab, alignment))
     losses = []
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, rows, max(step, 1)):
@@ -82,13 +83,14 @@ def _walk(
 
 
 def _cpu(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *flags: bool) -> Outputs:
-    return _walk(reference.loss_rows_, hidden, weight, bias, labels, *flags)
+    return _walk(reference.loss_rows_, hidden, weight, bias, labels, *flags, alignment=1)
 
 
 def _cuda(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *flags: bool) -> Outputs:
     from reca.kernels.masked_token_loss import kernel
 
-    return _walk(kernel.loss_rows_, hidden, weight, bias, labels, *flags)
+    # An odd vocabulary would cost the kernel its wide loads, the products their tensor cores.
+    return _walk(kernel.loss_rows_, hidden, weight, bias, labels, *flags, alignment=_ALIGNMENT)
 
 
 def _fake(

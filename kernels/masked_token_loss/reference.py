@@ -39,12 +39,13 @@ def loss_rows_(logits: Tensor, vocab: int, labels: Tensor, with_gradient: bool) 
     Columns from `vocab` on are padding: they may hold anything, and receive zeros.
     """
     log_probs = torch.log_softmax(logits[:, :vocab].to(compute_dtype(logits)), dim=1)
+    losses = _losses(log_probs, labels)
     if with_gradient:
-        counted = (labels >= 0) & (labels < vocab)
-        gradient = log_probs.exp()
+        ignored = (labels < 0) | (labels >= vocab)
+        gradient = log_probs.exp_()
         gradient.scatter_add_(
             1, labels.clamp(0, vocab - 1)[:, None], gradient.new_full((len(labels), 1), -1.0)
         )
-        logits[:, :vocab] = torch.where(counted[:, None], gradient, 0).to(logits.dtype)
+        logits[:, :vocab] = gradient.masked_fill_(ignored[:, None], 0)
         logits[:, vocab:] = 0
-    return _losses(log_probs, labels)
+    return losses

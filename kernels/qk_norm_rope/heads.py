@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from reca.kernels._triton import head_dot, load_head, load_head_weight, store_head
+from reca.kernels.qk_norm_rope.places import collected_head, store_copies
 
 
 @triton.jit
@@ -79,25 +80,6 @@ def _standardise(
 
 
 @triton.jit
-def copy_heads(
-    source_ptr,
-    target_ptr,
-    readable,
-    writable,
-    HEADS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    REST: tl.constexpr,
-    HALF: tl.constexpr,
-    TAIL: tl.constexpr,
-):
-    """Heads as they are; what is not readable is zero."""
-    DIM: tl.constexpr = 2 * PAIRS + REST
-    for head in range(HEADS):
-        first, second, rest = load_head(source_ptr + head * DIM, readable, PAIRS, REST, HALF, TAIL)
-        store_head(target_ptr + head * DIM, first, second, rest, writable, PAIRS, REST, HALF, TAIL)
-
-
-@triton.jit
 def forward_heads(
     source_ptr,
     out_ptr,
@@ -107,8 +89,12 @@ def forward_heads(
     sin,
     expert,
     known,
-    readable,
+    destinations_ptr,
+    rows,
+    inside,
+    places,
     writable,
+    total,
     eps,
     HEADS: tl.constexpr,
     HAS_NORM: tl.constexpr,
@@ -116,6 +102,7 @@ def forward_heads(
     ROUNDS_QUOTIENT: tl.constexpr,
     HAS_ROPE: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
+    COPIES: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
     HALF: tl.constexpr,
@@ -130,7 +117,7 @@ def forward_heads(
     if CENTERED:
         b_first, b_second, b_rest = _parameter(bias_ptr, expert, known, HAS_EXPERTS, PAIRS, REST, HALF, TAIL)
     for head in range(HEADS):
-        first, second, rest = load_head(source_ptr + head * DIM, readable, PAIRS, REST, HALF, TAIL)
+        first, second, rest = load_head(source_ptr + head * DIM, inside, PAIRS, REST, HALF, TAIL)
         if HAS_NORM:
             first, second, rest, _ = _standardise(first, second, rest, eps, CENTERED, PAIRS, REST, HALF, TAIL)
             if ROUNDS_QUOTIENT:
@@ -150,7 +137,10 @@ def forward_heads(
             turned = first * cos - second * sin
             second = second * cos + first * sin
             first = turned
-        store_head(out_ptr + head * DIM, first, second, rest, writable, PAIRS, REST, HALF, TAIL)
+        store_copies(
+            out_ptr, destinations_ptr, first, second, rest, rows, inside, places, writable, total,
+            head * DIM, HEADS * DIM, COPIES, PAIRS, REST, HALF, TAIL,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -185,6 +175,7 @@ def _store_sums(
 @triton.jit
 def backward_heads(
     d_out_ptr,
+    d_other_ptr,
     source_ptr,
     d_source_ptr,
     weight_ptr,
@@ -193,8 +184,13 @@ def backward_heads(
     sin,
     expert,
     known,
-    readable,
+    destinations_ptr,
+    rows,
     inside,
+    places,
+    stored,
+    total,
+    bound,
     eps,
     HEADS: tl.constexpr,
     HAS_NORM: tl.constexpr,
@@ -204,6 +200,8 @@ def backward_heads(
     HAS_EXPERTS: tl.constexpr,
     WITH_DQKV: tl.constexpr,
     WITH_DWEIGHT: tl.constexpr,
+    COPIES: tl.constexpr,
+    PIECES: tl.constexpr,
     ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
@@ -224,7 +222,10 @@ def backward_heads(
     db_second = tl.zeros([ROWS, HALF], tl.float32)
     db_rest = tl.zeros([ROWS, TAIL], tl.float32)
     for head in range(HEADS):
-        d_first, d_second, d_rest = load_head(d_out_ptr + head * DIM, readable, PAIRS, REST, HALF, TAIL)
+        d_first, d_second, d_rest = collected_head(
+            d_out_ptr, d_other_ptr, destinations_ptr, rows, inside, places, stored, total, bound,
+            head * DIM, HEADS * DIM, COPIES, PIECES, PAIRS, REST, HALF, TAIL,
+        )  # fmt: skip
         if HAS_ROPE:
             turned = d_first * cos + d_second * sin
             d_second = d_second * cos - d_first * sin

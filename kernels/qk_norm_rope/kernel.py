@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from reca.kernels._launch import (
     launch_config,
     next_power_of_two,
 )
-from reca.kernels.qk_norm_rope.heads import backward_heads, copy_heads, forward_heads
+from reca.kernels.qk_norm_rope.heads import backward_heads, forward_heads
+from reca.kernels.qk_norm_rope.places import collect_heads, place_of, spread_heads
 
 
 @triton.jit
@@ -43,13 +45,14 @@ def _experts(experts_ptr, rows, inside, EXPERTS: tl.constexpr, HAS_EXPERTS: tl.c
 
 
 @triton.jit
-def _places(destinations_ptr, rows, inside, places_total, HAS_DESTINATIONS: tl.constexpr):
-    """(where keys and values of each row lie, whether they lie anywhere)."""
+def _places(
+    destinations_ptr, rows, inside, places_total, HAS_DESTINATIONS: tl.constexpr, COPIES: tl.constexpr
+):
+    """(where keys and values of each row lie first, whether they lie anywhere)."""
     places = rows
     stored = inside
     if HAS_DESTINATIONS:
-        places = tl.load(destinations_ptr + rows, mask=inside, other=-1)
-        stored = inside & (places >= 0) & (places < places_total)
+        places, stored = place_of(destinations_ptr, rows, inside, places_total, 0, COPIES)
     return places, stored
 
 
@@ -81,6 +84,7 @@ def _forward_kernel(
     EXPERTS: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
     HAS_DESTINATIONS: tl.constexpr,
+    COPIES: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
     HALF: tl.constexpr,
@@ -90,26 +94,28 @@ def _forward_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < rows_total
     expert, known = _experts(experts_ptr, rows, inside, EXPERTS, HAS_EXPERTS)
-    places, stored = _places(destinations_ptr, rows, inside, places_total, HAS_DESTINATIONS)
+    places, stored = _places(destinations_ptr, rows, inside, places_total, HAS_DESTINATIONS, COPIES)
     cos = 1.0
     sin = 0.0
     if HAS_ROPE:
         cos, sin = _angles(cos_ptr, sin_ptr, rows, inside, PAIRS, HALF)
     source = qkv_ptr + rows * qkv_stride
-    out = query_ptr + rows * (HEADS * DIM)
     forward_heads(
-        source, out, query_weight_ptr, query_bias_ptr, cos, sin, expert, known, inside, inside, eps,
-        HEADS, HAS_NORM, CENTERED, ROUNDS_QUOTIENT, HAS_ROPE, HAS_EXPERTS, PAIRS, REST, HALF, TAIL,
+        source, query_ptr, query_weight_ptr, query_bias_ptr, cos, sin, expert, known,
+        destinations_ptr, rows, inside, rows, inside, rows_total, eps,
+        HEADS, HAS_NORM, CENTERED, ROUNDS_QUOTIENT, HAS_ROPE, HAS_EXPERTS, 1, PAIRS, REST, HALF, TAIL,
     )  # fmt: skip
     source += HEADS * DIM
-    out = key_ptr + places * (KV_HEADS * DIM)
     forward_heads(
-        source, out, key_weight_ptr, key_bias_ptr, cos, sin, expert, known, inside, stored, eps,
-        KV_HEADS, HAS_NORM, CENTERED, ROUNDS_QUOTIENT, HAS_ROPE, HAS_EXPERTS, PAIRS, REST, HALF, TAIL,
+        source, key_ptr, key_weight_ptr, key_bias_ptr, cos, sin, expert, known,
+        destinations_ptr, rows, inside, places, stored, places_total, eps,
+        KV_HEADS, HAS_NORM, CENTERED, ROUNDS_QUOTIENT, HAS_ROPE, HAS_EXPERTS, COPIES, PAIRS, REST, HALF, TAIL,
     )  # fmt: skip
     source += KV_HEADS * DIM
-    out = value_ptr + places * (KV_HEADS * DIM)
-    copy_heads(source, out, inside, stored, KV_HEADS, PAIRS, REST, HALF, TAIL)
+    spread_heads(
+        source, value_ptr, destinations_ptr, rows, inside, places, stored, places_total,
+        KV_HEADS, COPIES, PAIRS, REST, HALF, TAIL,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -117,6 +123,9 @@ def _backward_kernel(
     d_query_ptr,
     d_key_ptr,
     d_value_ptr,
+    more_d_query_ptr,
+    more_d_key_ptr,
+    more_d_value_ptr,
     qkv_ptr,
     query_weight_ptr,
     key_weight_ptr,
@@ -128,6 +137,8 @@ def _backward_kernel(
     partial_ptr,
     rows_total,
     places_total,
+    query_bound,
+    key_bound,
     qkv_stride,
     eps,
     ROWS: tl.constexpr,
@@ -139,6 +150,8 @@ def _backward_kernel(
     EXPERTS: tl.constexpr,
     HAS_EXPERTS: tl.constexpr,
     HAS_DESTINATIONS: tl.constexpr,
+    COPIES: tl.constexpr,
+    PIECES: tl.constexpr,
     WITH_DQKV: tl.constexpr,
     WITH_DWEIGHT: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -151,7 +164,7 @@ def _backward_kernel(
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < rows_total
     expert, known = _experts(experts_ptr, rows, inside, EXPERTS, HAS_EXPERTS)
-    places, stored = _places(destinations_ptr, rows, inside, places_total, HAS_DESTINATIONS)
+    places, stored = _places(destinations_ptr, rows, inside, places_total, HAS_DESTINATIONS, COPIES)
     cos = 1.0
     sin = 0.0
     if HAS_ROPE:
@@ -159,25 +172,27 @@ def _backward_kernel(
     source = qkv_ptr + rows * qkv_stride
     target = d_qkv_ptr + rows * ((HEADS + 2 * KV_HEADS) * DIM)
     partial = partial_ptr + tl.program_id(0).to(tl.int64) * (2 * SUMS)
-    d_out = d_query_ptr + rows * (HEADS * DIM)
     backward_heads(
-        d_out, source, target, query_weight_ptr, partial, cos, sin, expert, known, inside, inside, eps,
-        HEADS, HAS_NORM, CENTERED, HAS_ROPE, EXPERTS, HAS_EXPERTS, WITH_DQKV, WITH_DWEIGHT, ROWS,
+        d_query_ptr, more_d_query_ptr, source, target, query_weight_ptr, partial, cos, sin, expert, known,
+        destinations_ptr, rows, inside, rows, inside, rows_total, query_bound, eps,
+        HEADS, HAS_NORM, CENTERED, HAS_ROPE, EXPERTS, HAS_EXPERTS, WITH_DQKV, WITH_DWEIGHT, 1, PIECES, ROWS,
         PAIRS, REST, HALF, TAIL,
     )  # fmt: skip
     source += HEADS * DIM
     target += HEADS * DIM
     partial += SUMS
-    d_out = d_key_ptr + places * (KV_HEADS * DIM)
     backward_heads(
-        d_out, source, target, key_weight_ptr, partial, cos, sin, expert, known, stored, inside, eps,
-        KV_HEADS, HAS_NORM, CENTERED, HAS_ROPE, EXPERTS, HAS_EXPERTS, WITH_DQKV, WITH_DWEIGHT, ROWS,
-        PAIRS, REST, HALF, TAIL,
+        d_key_ptr, more_d_key_ptr, source, target, key_weight_ptr, partial, cos, sin, expert, known,
+        destinations_ptr, rows, inside, places, stored, places_total, key_bound, eps,
+        KV_HEADS, HAS_NORM, CENTERED, HAS_ROPE, EXPERTS, HAS_EXPERTS, WITH_DQKV, WITH_DWEIGHT, COPIES, PIECES,
+        ROWS, PAIRS, REST, HALF, TAIL,
     )  # fmt: skip
     if WITH_DQKV:
         target += KV_HEADS * DIM
-        d_out = d_value_ptr + places * (KV_HEADS * DIM)
-        copy_heads(d_out, target, stored, inside, KV_HEADS, PAIRS, REST, HALF, TAIL)
+        collect_heads(
+            d_value_ptr, more_d_value_ptr, target, destinations_ptr, rows, inside, places, stored,
+            places_total, key_bound, KV_HEADS, COPIES, PIECES, PAIRS, REST, HALF, TAIL,
+        )  # fmt: skip
 
 
 def _constants(
@@ -201,6 +216,7 @@ def _constants(
         "EXPERTS": 1 if experts is None or weight is None else weight.shape[0],
         "HAS_EXPERTS": experts is not None,
         "HAS_DESTINATIONS": destinations is not None,
+        "COPIES": 1 if destinations is None or destinations.dim() == 1 else destinations.shape[1],
         "PAIRS": pairs,
         "REST": rest,
         "HALF": next_power_of_two(pairs),
@@ -282,6 +298,38 @@ def backward(
     destinations: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(d_qkv, d_query_weight, d_key_weight, d_query_bias, d_key_bias); what is not asked for is empty."""
+    inputs = (qkv, query_weight, key_weight, cos, sin, heads, kv_heads, eps, with_dqkv, with_dweight)
+    d_qkv, summed = backward_of_pieces(
+        [d_query], [d_key], [d_value], *inputs, query_bias, experts, destinations
+    )
+    gradients = [qkv.new_empty(0) for _ in range(4)]
+    if with_dweight:
+        for i, parameter in enumerate((query_weight, key_weight, query_bias, key_bias)):
+            if parameter is not None:
+                line = summed[i % 2, i // 2].view(parameter.shape)
+                gradients[i] = line.to(parameter.dtype, copy=True)
+    return d_qkv, gradients[0], gradients[1], gradients[2], gradients[3]
+
+
+def backward_of_pieces(
+    d_query: Sequence[Tensor],
+    d_key: Sequence[Tensor],
+    d_value: Sequence[Tensor],
+    qkv: Tensor,
+    query_weight: Tensor | None,
+    key_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    eps: float,
+    with_dqkv: bool,
+    with_dweight: bool,
+    query_bias: Tensor | None,
+    experts: Tensor | None,
+    destinations: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """(d_qkv; [query and key, weights and biases, experts, dim] fp32) of gradients in one or two pieces."""
     qkv = as_rows(qkv)
     rows_total, dim = qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads)
     rows, constants = _constants(qkv, dim, cos, query_weight, experts, destinations)
@@ -290,30 +338,28 @@ def backward(
     shape = (*grid, 2, sums, constants["EXPERTS"], dim) if with_dweight else (0,)
     d_qkv = qkv.new_empty(qkv.shape if with_dqkv else (0,))
     partial = qkv.new_empty(shape, dtype=torch.float32)
+    pieces = [(part[0], part[-1]) for part in (d_query, d_key, d_value)]
     launch(
         _backward_kernel,
         grid,
-        *_given(qkv, d_query, d_key, d_value),
+        *_given(qkv, *(first for first, _ in pieces)),
+        *_given(qkv, *(last for _, last in pieces)),
         qkv,
         *_given(qkv, query_weight, key_weight, cos, sin, experts, destinations),
         d_qkv,
         partial,
         rows_total,
-        d_key.shape[0],
+        sum(piece.shape[0] for piece in d_key),
+        d_query[0].shape[0],
+        d_key[0].shape[0],
         qkv.stride(0),
         eps,
         HEADS=heads,
         KV_HEADS=kv_heads,
         CENTERED=query_bias is not None,
+        PIECES=len(d_key),
         WITH_DQKV=with_dqkv,
         WITH_DWEIGHT=with_dweight,
         **constants,
     )
-    gradients = [qkv.new_empty(0) for _ in range(4)]
-    if with_dweight:
-        summed = partial.sum(dim=0)  # [query and key, weights and biases, experts, dim]
-        for i, parameter in enumerate((query_weight, key_weight, query_bias, key_bias)):
-            if parameter is not None:
-                line = summed[i % 2, i // 2].view(parameter.shape)
-                gradients[i] = line.to(parameter.dtype, copy=True)
-    return d_qkv, gradients[0], gradients[1], gradients[2], gradients[3]
+    return d_qkv, partial.sum(dim=0) if with_dweight else partial

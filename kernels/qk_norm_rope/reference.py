@@ -11,6 +11,8 @@ With experts, weights and biases are those that each row names; one that does no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -145,3 +147,19 @@ def taken(buffer: Tensor, destinations: Tensor) -> Tensor:
 def without(buffer: Tensor, destinations: Tensor) -> Tensor:
     """A copy of `buffer` with zeros at the destinations."""
     return placed(buffer, buffer.new_zeros(destinations.shape[0], *buffer.shape[1:]), destinations)
+
+
+def spread(rows: Tensor, destinations: Tensor, places: int) -> Tensor:
+    """[places, ...]: each row at all of its destinations [rows, copies]; outside is nowhere."""
+    inside = (destinations >= 0) & (destinations < places)
+    targets = torch.where(inside, destinations, places).flatten()
+    numbers = torch.arange(rows.shape[0], device=rows.device).repeat_interleave(destinations.shape[1])
+    sources = numbers.new_zeros(places + 1).index_copy(0, targets, numbers)
+    return rows.index_select(0, sources[:places])
+
+
+def collected(pieces: Sequence[Tensor], destinations: Tensor) -> Tensor:
+    """The gradient of `spread` from [places, ...] in pieces: the sum over the copies, in their order."""
+    buffer = torch.cat([piece.to(compute_dtype(piece)) for piece in pieces])
+    copies = (taken(buffer, column) for column in destinations.unbind(dim=1))
+    return torch.stack([*copies]).sum(dim=0)

@@ -14,13 +14,12 @@ import triton.language as tl
 from torch import Tensor
 
 from reca.kernels._launch import (
-    DEFAULT_MULTIPROCESSORS,
-    MULTIPROCESSORS,
     architecture_of,
     as_rows,
     ceil_div,
     launch,
     launch_config,
+    multiprocessors,
     next_power_of_two,
 )
 from reca.kernels.skinny_linear.reference import NF4_BLOCK, Fp8Weight, Nf4Weight
@@ -263,7 +262,7 @@ def _combine_kernel(
 
 def _split(blocks: int, steps: int, architecture: int) -> tuple[int, int]:
     """(splits, steps of each): about two programs per multiprocessor, none without a step."""
-    programs = 2 * MULTIPROCESSORS.get(architecture, DEFAULT_MULTIPROCESSORS)
+    programs = 2 * multiprocessors(architecture)
     steps_each = max(1, ceil_div(steps, max(1, programs // max(blocks, 1))))
     return max(1, ceil_div(steps, steps_each)), steps_each
 

@@ -12,13 +12,15 @@ from rich.table import Table
 
 from reca.benchmarks import results
 from reca.benchmarks.cases import CASES, Case
-from reca.benchmarks.operators import OURS, run_cases
+from reca.benchmarks.gate import OURS
+from reca.benchmarks.operators import run_cases
 from reca.benchmarks.plot import ceiling_share, draw
 from reca.benchmarks.tune import tune_cases
 from reca.config import ComputeConfig
 from reca.engine.state import select_device
 from reca.errors import ConfigError, nearest
 
+_FILE_WIDTH = 180  # characters of the table where no terminal says how many
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -39,11 +41,11 @@ def bench_kernels(
 
     Args:
         out: JSON lines file; further runs are appended.
-        operators: names of `reca.kernels.OPERATORS`; empty means all.
+        operators: names of `reca.kernels.OPERATORS`, or `attention`; empty means all.
         device: auto, cpu or cuda. On a CPU the sizes are small and every record says so.
         dtype: bf16, fp16 or fp32; None takes bf16 on a GPU and fp32 on a CPU.
         compiled: also time torch.compile of the plain form.
-        minutes: cases that have not begun by then are recorded as not measured.
+        minutes: what has not begun by then is recorded as not measured.
         rounds: timed windows per provider and mode.
         tune: time other launch parameters instead, and propose entries of the launch table.
         plot: PNG of the fraction of the ceiling that each operator reaches.
@@ -61,7 +63,7 @@ def bench_kernels(
     precision = DTYPES[dtype if dtype is not None else "bf16" if is_gpu else "fp32"]
     records: Iterable[dict[str, Any]]
     if tune:
-        records = tune_cases(cases, place, precision, note=note)
+        records = tune_cases(cases, place, precision, rounds=rounds, minutes=minutes, note=note)
     else:
         records = run_cases(
             cases,
@@ -93,7 +95,10 @@ def choose_cases(operators: Sequence[str]) -> list[Case]:
 
 def render_bench(records: Sequence[dict[str, Any]], console: Console | None = None) -> None:
     """Print one table for people: medians of every provider, and reca's fraction of the ceiling."""
-    console = Console() if console is None else console
+    if console is None:
+        console = Console()
+        if not console.is_terminal:
+            console.width = _FILE_WIDTH
     for run in (record for record in records if record.get("record") == "run"):
         machine = run["machine"]
         if run["sizes"] == "small":
@@ -110,18 +115,35 @@ def render_bench(records: Sequence[dict[str, Any]], console: Console | None = No
                 record["case"],
                 record["mode"],
                 f"{record['ms_p50']:.4f}",
-                f"{ceiling_share(record):.0%}",
+                "-" if (share := ceiling_share(record)) is None else f"{share:.0%}",
                 "-" if record["error_ratio"] is None else f"{record['error_ratio']:.2f}",
                 _rivals(records, record),
             )
         elif record.get("provider") == OURS and "why_not" in record:
             table.add_row(record["operator"], record["case"], "-", "-", "-", "-", str(record["why_not"]))
         elif record.get("record") == "tuning":
-            proposal = record["proposal"] or "the table's entry stands"
-            table.add_row(
-                record["operator"], record["case"], "-", f"{record['table_ms']:.4f}", "", "", proposal
-            )
+            time = f"{record['table_ms']:.4f}" if "table_ms" in record else "-"
+            proposal = record.get("why_not") or record["proposal"] or "the table's entry stands"
+            table.add_row(record["operator"], record["case"], "-", time, "", "", proposal)
     console.print(table)
+    for line in _absent(records):
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def is_failed(records: Sequence[dict[str, Any]]) -> bool:
+    """Whether some operator was outside the error budget, or failed."""
+    return any(record.get("gate") in ("red", "broken") for record in records)
+
+
+def _absent(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Rivals that were not timed and why, each reason once with the operators that it holds for."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        if record.get("provider") not in (None, OURS) and "why_not" in record:
+            operators = found.setdefault((record["provider"], record["why_not"]), [])
+            if record["operator"] not in operators:
+                operators.append(record["operator"])
+    return [f"without {name} ({', '.join(for_these)}): {why}" for (name, why), for_these in found.items()]
 
 
 def _rivals(records: Sequence[dict[str, Any]], ours: dict[str, Any]) -> str:
@@ -131,7 +153,8 @@ def _rivals(records: Sequence[dict[str, Any]], ours: dict[str, Any]) -> str:
         if record.get("provider") not in (None, OURS)
         and all(record.get(name) == ours[name] for name in ("run", "operator", "case", "mode"))
     ]
-    return ", ".join(f"{record['provider']} {record['ms_p50']:.4f}" for record in same)
+    timed = [record for record in same if "ms_p50" in record]
+    return ", ".join(f"{record['provider']} {record['ms_p50']:.4f}" for record in timed)
 
 
 def compare_files(before: Path, after: Path) -> list[dict[str, Any]]:

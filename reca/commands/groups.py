@@ -70,7 +70,8 @@ def data_preview(
 def bench_kernels(
     out: Annotated[Path, typer.Option("--out", help="JSON lines file; further runs are appended.")],
     operator: Annotated[
-        list[str] | None, typer.Option("--operator", help="Only this one; may be given several times.")
+        list[str] | None,
+        typer.Option("--operator", "--only", help="Only this one; may be given several times."),
     ] = None,
     device: Device = "auto",
     dtype: Annotated[
@@ -80,7 +81,7 @@ def bench_kernels(
         bool, typer.Option("--compile/--no-compile", help="Time torch.compile of the plain form too.")
     ] = True,
     minutes: Annotated[
-        float, typer.Option("--minutes", min=0.1, help="Begin no case after this long.")
+        float, typer.Option("--minutes", min=0.1, help="Begin nothing after this long.")
     ] = 7.0,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed windows per rival and mode.")] = 20,
     tune: Annotated[
@@ -92,7 +93,7 @@ def bench_kernels(
     as_json: Json = False,
 ) -> None:
     """Every operator at the shapes of real steps: right first, then how fast, against its rivals."""
-    from reca.commands.bench import bench_kernels, render_bench
+    from reca.commands.bench import bench_kernels, is_failed, render_bench
 
     records = bench_kernels(
         out,
@@ -110,6 +111,8 @@ def bench_kernels(
         print_json(records)
     else:
         render_bench(records)
+    if is_failed(records):
+        raise typer.Exit(1)
 
 
 @bench_app.command("compare", epilog="Example: `reca bench compare before.jsonl after.jsonl`")

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from reca.commands.plan_launches import launches_record, render_launches
 from reca.errors import ConfigError
 from reca.recipes.plan import Plan, get_device, plan
+from reca.recipes.plan.launches import PartLaunches, compare_launches
 from reca.recipes.resolve import resolve
 
 
-def plan_recipe(recipe: str, overrides: Sequence[str], *, gpu: str, gpus: int) -> Plan:
-    """Plan a recipe on one GPU; progress goes to stderr.
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What `reca plan` found.
+
+    Attributes:
+        plan: memory, FLOPs and time.
+        model: the variant.
+        launches: with and without operators; None unless asked for.
+    """
+
+    plan: Plan
+    model: str
+    launches: list[PartLaunches] | None
+
+
+def plan_recipe(
+    recipe: str, overrides: Sequence[str], *, gpu: str, gpus: int, launches: bool = False
+) -> Planned:
+    """Plan a recipe on one GPU, with `launches` also in plain torch; progress goes to stderr.
 
     Raises: ConfigError for an unknown recipe, key or GPU, and for several GPUs.
     """
@@ -32,13 +52,17 @@ def plan_recipe(recipe: str, overrides: Sequence[str], *, gpu: str, gpus: int) -
             else:
                 console.print(line, highlight=False, soft_wrap=True)
 
-        return plan(resolve(recipe, overrides).config, gpu, show)
+        config = resolve(recipe, overrides).config
+        result = plan(config, gpu, show)
+        compared = compare_launches(config, result.count, show) if launches else None
+        return Planned(result, config.model, compared)
 
 
-def record(result: Plan) -> dict[str, Any]:
+def record(planned: Planned) -> dict[str, Any]:
     """The JSON document; FLOPs are in 1e12, per reconstructed image; memory in 1e9 bytes."""
+    result = planned.plan
     count, images = result.count, result.count.images
-    return {
+    document = {
         "recipe": result.recipe,
         "gpu": result.gpu,
         "gpu_hours": result.gpu_hours,
@@ -77,12 +101,16 @@ def record(result: Plan) -> dict[str, Any]:
         ],
         "basis": result.basis,
     }
+    if planned.launches is not None:
+        document["launches"] = launches_record(planned.model, planned.launches)
+    return document
 
 
-def render(result: Plan) -> None:
+def render(planned: Planned) -> None:
     """The plan as a short table on stdout."""
     console = Console(highlight=False, soft_wrap=True)
-    count, facts = result.count, record(result)
+    result = planned.plan
+    count, facts = result.count, record(planned)
     table = Table(title=f"{result.recipe} on one {result.gpu}", show_header=False, box=None)
     table.add_column(justify="left")
     table.add_column(justify="right")
@@ -107,6 +135,8 @@ def render(result: Plan) -> None:
     for line in advice(result):
         console.print(line)
     console.print(result.basis)
+    if planned.launches is not None:
+        render_launches(planned.model, planned.launches, console)
 
 
 def advice(result: Plan) -> list[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
 from torch.nn import functional as F
 
 from reca.errors import nearest
@@ -150,6 +151,18 @@ def _varlen_takes_gqa() -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
+def run_counted(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
+    """What "auto" runs on a GPU without other packages, as one operator that has shapes only."""
+    if query.dtype not in HALF or query.shape[-1] > 256:
+        return run_sdpa(query, key, value, segments, scale)
+    from reca.profiling.attention import segments_attention
+
+    rows = [pad_head_dim(given, 8) for given in (query, key, value)]
+    lengths = (segments.query_lengths, segments.key_lengths)
+    out = segments_attention(rows[0], rows[1], rows[2], *lengths, segments.is_causal)
+    return out[..., : query.shape[-1]]
+
+
 def run_flash(
     module: str, query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float
 ) -> Tensor:
@@ -257,6 +270,10 @@ def _always(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad:
     return None
 
 
+def _counted_missing(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
+    return None if active_fake_mode() is not None else "counts launches, on tensors without values only"
+
+
 def _flex_missing(device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool) -> str | None:
     if device.type == "cpu" and needs_grad:
         return "FlexAttention has no backward on the CPU"
@@ -313,6 +330,7 @@ BACKENDS: Mapping[str, Backend] = {
     "flash2": _flash("flash_attn.flash_attn_interface", AMPERE_ON, 256),
     "flash3": _flash("flash_attn_interface", (9,), 256),
     "flash4": _flash("flash_attn.cute", AMPERE_ON, 128),
+    "counted": Backend(run_counted, _counted_missing),
     "xformers": Backend(run_xformers, _kernel_missing("xformers.ops", AMPERE_ON, 256), 8),
 }
 

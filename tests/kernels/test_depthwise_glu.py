@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from reca.kernels import depthwise_glu
+from reca.kernels import _launch, depthwise_glu
 from reca.kernels.depthwise_glu import kernel, op, reference
 from reca.kernels.testing import assert_within_budget, make_normal
 
@@ -102,8 +102,8 @@ def test_many_strips_per_program_are_all_summed_into_the_gradients_of_the_weight
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Ten strips in four groups of three; the last group is not full.
-    monkeypatch.setattr(kernel, "MULTIPROCESSORS", {})
-    monkeypatch.setattr(kernel, "DEFAULT_MULTIPROCESSORS", 1)
+    monkeypatch.setattr(_launch, "MULTIPROCESSORS", {})
+    monkeypatch.setattr(_launch, "DEFAULT_MULTIPROCESSORS", 1)
     inputs = make_inputs(5, 5, 1, 4, device=device)
     d_out = make_normal(5, 5, 1, 2, seed=5, device=device)
     # Behind the last image lies what would show.

@@ -187,7 +187,9 @@ def test_the_operators_keep_the_contracts_of_the_dispatcher(dtype: torch.dtype) 
     for others in ((None, inputs["noise"], None, None, None, 0), (drawn["images"], *coordinates)):
         torch.library.opcheck(torch.ops.reca.flow_head.default, (*heads, *others, EPS))
     loss, *saved = reference.forward(*heads[:5], inputs["noise"], heads[5], EPS)
-    torch.library.opcheck(torch.ops.reca.flow_head_backward.default, (loss, *heads[:3], *saved))
+    for flags in ((True, True), (True, False), (False, True)):
+        arguments = (loss, *heads[:3], *saved, *flags)
+        torch.library.opcheck(torch.ops.reca.flow_head_backward.default, arguments)
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])

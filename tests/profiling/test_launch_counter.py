@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from reca.kernels import masked_token_loss
+from reca.layers.attention import Segments, attention
+from reca.profiling.kernel_counts import list_launches
 from reca.profiling.launches import Launch, LaunchCounter
 from reca.profiling.roofline import DEVICES, LAUNCH_SECONDS
 
@@ -46,12 +48,95 @@ def test_what_is_changed_in_place_is_read_and_written() -> None:
     assert only(counter).bytes == 3 * 32
 
 
-def test_a_list_of_tensors_takes_one_launch_per_20_million_elements() -> None:
+@pytest.mark.parametrize(
+    ("sizes", "depth", "launches"),
+    [
+        ([10_000_000, 11_000_000], 1, 2),  # 153 and 168 chunks of 65,536 elements, 320 a launch
+        ([320 * 65_536], 1, 1),
+        ([320 * 65_536 + 1], 1, 2),
+        ([7] * 110, 1, 1),
+        ([7] * 111, 1, 2),
+        ([7] * 111, 2, 2),
+        ([7] * 129, 2, 3),
+        ([319 * 65_536, 2 * 65_536, *[7] * 35], 4, 2),  # cut in the second, which opens the next launch
+        ([319 * 65_536, 2 * 65_536, *[7] * 36], 4, 3),
+        ([0, 0], 3, 0),
+        ([], 1, 0),
+    ],
+)
+def test_a_kernel_over_lists_takes_so_many_chunks_and_so_many_tensors(
+    sizes: list[int], depth: int, launches: int
+) -> None:
+    assert list_launches(sizes, depth) == launches
+
+
+def test_lists_that_are_walked_in_step_are_counted_and_counters_of_steps_are_not() -> None:
     with FakeTensorMode():
-        weights = [torch.empty(10_000_000), torch.empty(11_000_000)]
+        lists = [[torch.empty(5) for _ in range(72)] for _ in range(4)]
+        with LaunchCounter() as adamw:
+            steps = [torch.empty(()) for _ in range(72)]
+            torch._fused_adamw_(
+                *lists,
+                [],
+                steps,
+                lr=1e-3,
+                beta1=0.9,
+                beta2=0.95,
+                weight_decay=0.0,
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
+            )
+        with LaunchCounter() as norms:
+            torch._foreach_norm(lists[0])
+        with LaunchCounter() as sums:
+            torch._foreach_add(lists[0], lists[1])
+    found = [
+        sum(x.kernels for x in c.launches if "each" in x.operator or "fused" in x.operator)
+        for c in (adamw, norms, sums)
+    ]
+    assert found == [2, 1, 2]  # 36, 110 and 48 tensors a launch
+
+
+@pytest.mark.parametrize(("affine", "kernels"), [(True, 2), (False, 1)])
+def test_the_backward_of_a_layer_norm_has_a_kernel_for_rows_and_one_for_its_weights(
+    affine: bool, kernels: int
+) -> None:
+    rows = torch.ones(3, 8, requires_grad=True)
+    norm = nn.LayerNorm(8, elementwise_affine=affine)
+    with LaunchCounter() as counter:
+        norm(rows).sum().backward()
+    [backward] = [x for x in counter.launches if x.operator == "aten::native_layer_norm_backward"]
+    assert backward.kernels == kernels
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("kv_heads", "kernels"), [(4, 3), (2, 5)])
+def test_packed_attention_is_counted_as_a_gpu_runs_it(is_causal: bool, kv_heads: int, kernels: int) -> None:
+    """One call whatever the lengths, with the FLOPs of visible pairs; grouped heads are summed afterwards."""
+    lengths = (3, 5)
+    with FakeTensorMode():
+        query = torch.empty(8, 4, 16, dtype=torch.bfloat16, requires_grad=True)
+        key = torch.empty(8, kv_heads, 16, dtype=torch.bfloat16, requires_grad=True)
         with LaunchCounter() as counter:
-            torch._foreach_zero_(weights)
-    assert counter.kernels == 2
+            segments = Segments.of(lengths, is_causal=is_causal)
+            attention(query, key, key, segments, backend="counted").sum().backward()
+    found = {x.kind: (x.kernels, x.flops) for x in counter.launches if x.flops}
+    pairs = sum(n * (n + 1) // 2 if is_causal else n * n for n in lengths)
+    assert found == {
+        "attention": (2, 4 * 4 * 16 * pairs),
+        "attention_backward": (kernels, 10 * 4 * 16 * pairs),
+    }
+
+
+def test_packed_attention_is_only_counted_without_values_and_in_half_precision() -> None:
+    rows, segments = torch.ones(3, 2, 8), Segments.of((3,))
+    with pytest.raises(ValueError, match="counts launches, on tensors without values only"):
+        attention(rows, rows, rows, segments, backend="counted")
+    with FakeTensorMode(), LaunchCounter() as counter:
+        wide = torch.empty(3, 2, 8)
+        attention(wide, wide, wide, Segments.of((3,)), backend="counted")
+    assert not any(launch.operator.startswith("reca_profiling") for launch in counter.launches)
 
 
 def test_memory_lives_as_long_as_its_last_view() -> None:

@@ -20,7 +20,7 @@ from reca.profiling.launches import LaunchCounter
 from reca.profiling.roofline import DEVICES, Device
 from reca.randomness import RandomSource
 from reca.recipes import RECIPES, get_recipe
-from reca.recipes.plan import STEP, Plan, memory_parts, plan
+from reca.recipes.plan import STEP, Option, Plan, memory_parts, plan
 from reca.recipes.plan.count import StepCount, cast_like_load, count_step
 from reca.recipes.resolve import resolve
 
@@ -203,18 +203,26 @@ def test_only_a_smaller_state_is_proposed_where_the_state_alone_is_too_large(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     result = tiny_plan(monkeypatch, 1e-3)
-    assert [option.overrides for option in result.options] == [SMALL_STATE[:1], SMALL_STATE]
+    assert [option.overrides for option in result.options] == [SMALL_STATE[:n] for n in (1, 2, 3)]
     assert not any(option.fits for option in result.options)
 
 
 def test_recomputing_is_dropped_again_where_a_smaller_state_makes_it_needless(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    one = ("data.micro_images=1", "optim.moments=8bit")  # weights are most of what is left
-    small = tiny_plan(monkeypatch, 1.0, *one, *SMALL_STATE)
-    options = tiny_plan(monkeypatch, small.peak_memory_gb * 1.001, *one).options
-    assert any(option.fits and "compute.recompute=true" in option.overrides for option in options)
-    assert options[-1].overrides == SMALL_STATE[1:] and options[-1].fits
+    def option(config: TrainConfig, overrides: tuple[str, ...], device: Device) -> tuple[Option, StepCount]:
+        size = 0.6 if "optim.weights=bf16" in overrides else 1.2
+        size -= 0.1 * config.compute.recompute
+        return Option(overrides, size, 1.0, size < device.memory_gb), counted("janus-smoke")
+
+    monkeypatch.setattr("reca.recipes.plan._option", option)
+    monkeypatch.setattr("reca.recipes.plan.memory_parts", lambda count: {STEP: 1.3})
+    options = tiny_plan(monkeypatch, 1.0, "normalize=microbatch", "optim.moments=8bit").options
+    assert [(chosen.overrides, chosen.fits) for chosen in options] == [
+        (("compute.recompute=true",), False),
+        (("compute.recompute=true", "optim.weights=bf16"), True),
+        (("optim.weights=bf16",), True),
+    ]
 
 
 def test_memory_is_listed_part_by_part() -> None:

@@ -88,9 +88,7 @@ def test_what_counts_as_learning_is_not_reached_by_a_run_that_does_not_learn(tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", SMOKES)
-def test_a_run_in_few_bits_draws_while_it_trains_and_after(
-    recipe: str, photos: Path, tmp_path: Path
-) -> None:
+def test_a_run_in_few_bits_draws_while_it_trains_and_after(recipe: str, photos: Path, tmp_path: Path) -> None:
     few = ("compute.precision=bf16", "optim.weights=bf16", "optim.gradients=bf16", "optim.moments=8bit")
     short = ("steps=1", "optim.warmup_steps=0", "sample.images=1", "sample.steps=2", "data.images=2")
     run = train(recipe, tmp_path / "run", *few, *short)

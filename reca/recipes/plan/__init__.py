@@ -153,7 +153,14 @@ def _options(
     """What makes a run smaller, one change upon the other until it fits: first what changes no result."""
     found: list[Option] = []
     overrides: tuple[str, ...] = ()
-    changes = [_half_precision, _smaller_microbatches, _recompute, _coded_moments, _short_weights]
+    changes = [
+        _half_precision,
+        _smaller_microbatches,
+        _recompute,
+        _coded_moments,
+        _short_weights,
+        _short_gradients,
+    ]
     while changes and not (found and found[-1].fits):
         is_hopeless = _state_gb(count) + CONTEXT_GB > device.memory_gb
         change = next((c for c in changes if not is_hopeless or c in _SAVE_STATE), None)
@@ -216,14 +223,16 @@ def _coded_moments(config: TrainConfig, count: StepCount, device: Device) -> tup
 
 
 def _short_weights(config: TrainConfig, count: StepCount, device: Device) -> tuple[str, ...]:
-    """Only the halves that a step reads; sums of gradients in bf16 lose nothing of a single microbatch."""
-    if config.compute.precision == "fp32":
-        return ()
-    changes = {"weights": "bf16", "gradients": "bf16"}
-    return tuple(f"optim.{key}={v}" for key, v in changes.items() if getattr(config.optim, key) != v)
+    is_exact = config.compute.precision == "bf16" and config.optim.weights == "exact"
+    return ("optim.weights=bf16",) if is_exact else ()
 
 
-_SAVE_STATE = (_half_precision, _coded_moments, _short_weights)
+def _short_gradients(config: TrainConfig, count: StepCount, device: Device) -> tuple[str, ...]:
+    is_wide = config.compute.precision == "bf16" and config.optim.gradients == "fp32"
+    return ("optim.gradients=bf16",) if is_wide else ()
+
+
+_SAVE_STATE = (_half_precision, _coded_moments, _short_weights, _short_gradients)
 """Changes that help where weights, gradients and moments alone are too large."""
 
 

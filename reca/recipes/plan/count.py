@@ -99,8 +99,9 @@ class StepCount:
 def count_step(config: TrainConfig, on_progress: Callable[[str], None] = lambda line: None) -> StepCount:
     """Run one step of `config` with samples of typical size on tensors without values.
 
-    Nothing is read, downloaded or allocated; a 7B step takes seconds. Attention runs on torch's own operator
-    whatever `compute.attention` says, except for `reference`; `fused` kernels are those of `auto`.
+    Nothing is read, downloaded or allocated; a 7B step takes seconds. Attention is torch's kernel for
+    variable lengths, as a GPU runs it, whatever `compute.attention` says except for `reference` and `sdpa`;
+    `fused` kernels are those of `auto`.
 
     Args:
         config: the resolved configuration; data and weights need not exist.
@@ -116,7 +117,8 @@ def count_step(config: TrainConfig, on_progress: Callable[[str], None] = lambda 
         on_progress(f"building {config.model} without memory")
         model: Any = family.build(variant.config)
         cast_like_load(model, family, config)
-        set_attention_backend(model, "reference" if config.compute.attention == "reference" else "sdpa")
+        chosen = config.compute.attention
+        set_attention_backend(model, chosen if chosen in ("reference", "sdpa") else "counted")
         set_kernels(model, "reference" if config.compute.kernels == "reference" else "auto")
         # Not `TrainState.start`: moving a module between devices fails for tensors without values.
         state = TrainState.of(model, config)

@@ -1,0 +1,1 @@
+"""Random numbers of samples as a function of their coordinates: words, uniforms or normals in one launch."""
