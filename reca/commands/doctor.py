@@ -135,7 +135,11 @@ def _attention() -> dict[str, Any]:
     return {
         kind: {
             "auto": choose_backend("auto", device, dtype, HEAD_DIM, True),
-            "why_not": {name: end.missing(device, dtype, HEAD_DIM, True) for name, end in BACKENDS.items()},
+            "why_not": {
+                name: end.missing(device, dtype, HEAD_DIM, True)
+                for name, end in BACKENDS.items()
+                if name != "counted"  # of `reca plan`, never of a run
+            },
         }
         for kind, (device, dtype) in kinds.items()
     }

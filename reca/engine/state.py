@@ -17,6 +17,7 @@ from reca.engine.ema import Ema
 from reca.engine.optim import AdamW
 from reca.engine.weights import Weights, read_in_bf16, trained_parameters
 from reca.errors import CheckpointError, ConfigError
+from reca.layers.stream import Stream
 
 
 @dataclass(slots=True)
@@ -148,6 +149,8 @@ def recomputed(blocks: Sequence[nn.Module], enabled: bool) -> Iterator[None]:
         original = block.forward
 
         def forward(*args: Any, _original: Any = original, **kwargs: Any) -> Any:
+            # A block's arguments are kept: of a stream one tensor instead of two.
+            args = tuple(Stream(value.rows) if isinstance(value, Stream) else value for value in args)
             return checkpoint(_original, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
         block.forward = forward

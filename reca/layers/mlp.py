@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from typing import Literal
 
-from reca.kernels import Impl, gated_mlp
+from torch import Tensor, nn
+
+from reca.kernels import Impl, gated_mlp, gelu_mlp
+from reca.layers.implementation import activation_dtype
 from reca.profiling import span
+
+Approximate = Literal["none", "tanh"]
 
 
 class SwiGLU(nn.Module):
@@ -38,27 +42,35 @@ class SwiGLU(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers with the tanh form of GELU between them.
+    """Two linear layers with GELU between them.
 
-        y = fc2(gelu_tanh(fc1(x)))
+        y = fc2(gelu(fc1(x)))
 
     Args:
         dim: width of the input.
         hidden: width between the layers.
         out: width of the output; `dim` if None.
+        approximate: "tanh" for the tanh form of GELU, "none" for the exact one.
 
     Weights: fc1 [hidden, dim], fc2 [out, hidden], both with biases.
     Shape: [..., dim] -> [..., out].
     Source: arXiv 1606.08415, section 2.
     """
 
-    def __init__(self, dim: int, hidden: int, out: int | None = None) -> None:
+    def __init__(
+        self, dim: int, hidden: int, out: int | None = None, *, approximate: Approximate = "tanh"
+    ) -> None:
         super().__init__()
+        self.approximate = approximate
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim if out is None else out)
+        self.kernels: Impl = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply both layers to the last axis of `x`."""
         with span("mlp"):
-            out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-            return out
+            # Autocast does not reach into the operator: all operands come in the dtype of the activations.
+            dtype = activation_dtype(self.fc1.weight)
+            layers = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            operands = (operand.to(dtype) for operand in (x, *layers))
+            return gelu_mlp(*operands, approximate=self.approximate, impl=self.kernels)

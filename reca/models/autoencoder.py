@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
 
+from reca.layers.autoencoder import GroupNormSilu
 from reca.models.checkpoint import Slot
 
 _GROUPS = 32
@@ -69,7 +72,7 @@ def build_autoencoder(
     """
     levels = len(config.ch_mult)
     last = "AttnDownEncoderBlock2D" if last_level_attends else "DownEncoderBlock2D"
-    return AutoencoderKL(
+    model = AutoencoderKL(
         in_channels=config.in_channels,
         out_channels=config.out_ch,
         down_block_types=(*("DownEncoderBlock2D",) * (levels - 1), last),
@@ -81,6 +84,32 @@ def build_autoencoder(
         use_quant_conv=quant_convs,
         use_post_quant_conv=quant_convs,
     )
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, ResnetBlock2D):
+                parent.register_module(name, _ResidualBlock(child))
+    for half in (model.encoder, model.decoder):
+        half.conv_norm_out, half.conv_act = _with_silu(half.conv_norm_out), nn.Identity()
+    return model
+
+
+class _ResidualBlock(nn.Module):
+    """Diffusers' block, its norms one with their activations and without its division by one."""
+
+    def __init__(self, block: ResnetBlock2D) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = _with_silu(block.norm1), block.conv1
+        self.norm2, self.conv2 = _with_silu(block.norm2), block.conv2
+        self.conv_shortcut = block.conv_shortcut
+
+    def forward(self, x: Tensor, temb: None = None) -> Tensor:
+        """[batch, channels, height, width] -> [batch, out, height, width]; an autoencoder has no time."""
+        hidden: Tensor = self.conv2(self.norm2(self.conv1(self.norm1(x))))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + hidden
+
+
+def _with_silu(norm: nn.GroupNorm) -> GroupNormSilu:
+    return GroupNormSilu(norm.num_groups, norm.num_channels, norm.eps)
 
 
 def autoencoder_slots(

@@ -25,7 +25,8 @@ def shifted_time(time: Tensor, shift: float) -> Tensor:
 
     Source: arXiv 2403.03206, eq. 23.
     """
-    return shift * time / (1 + (shift - 1) * time)
+    # The same bits in four launches less: most recipes do not shift.
+    return time if shift == 1 else shift * time / (1 + (shift - 1) * time)
 
 
 def flow_matching(prediction: Tensor, clean: Tensor, noise: Tensor, mask: Tensor | None = None) -> Tensor:

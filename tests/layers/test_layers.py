@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reca.layers.mlp import MLP, SwiGLU
-from reca.layers.norm import RMSNorm
+from reca.layers.norm import LayerNorm, RMSNorm
 from reca.layers.position import sincos_position_table
 from reca.layers.rotary import apply_rotary, rotary_table
 from reca.layers.timestep import timestep_features
@@ -44,6 +44,47 @@ def test_rms_norm_takes_statistics_in_fp32_and_casts_before_the_weight() -> None
 
 def test_rms_norm_prints_its_width_and_eps() -> None:
     assert repr(RMSNorm(3, eps=1e-5)) == "RMSNorm(3, eps=1e-05)"
+
+
+# --- LayerNorm
+
+
+def test_layer_norm_is_torchs_under_its_names() -> None:
+    norm, twin = LayerNorm(7, eps=0.1).double(), torch.nn.LayerNorm(7, eps=0.1).double()
+    norm.weight.data, norm.bias.data = randn(7, seed=1), randn(7, seed=2)
+    twin.load_state_dict(norm.state_dict())
+    x = randn(3, 5, 7)
+    torch.testing.assert_close(norm(x), twin(x), rtol=1e-12, atol=1e-12)
+    assert repr(norm) == repr(twin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_norm_rounds_once_to_the_dtype_of_autocast(dtype: torch.dtype) -> None:
+    norm = LayerNorm(64)
+    norm.weight.data, norm.bias.data = (randn(64, seed=i, dtype=torch.float32) for i in (1, 2))
+    x = randn(3, 64, dtype=dtype)
+    exact = F.layer_norm(x.double(), (64,), norm.weight.double(), norm.bias.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        normed = norm(x)
+    assert normed.dtype == torch.bfloat16
+    # Half a unit in the last place, and what fp32 arithmetic may move it.
+    torch.testing.assert_close(normed.double(), exact, rtol=2**-8 + 2**-20, atol=2**-20)
+    assert norm(x).dtype == dtype
+
+
+def test_layer_norm_forms_the_sum_that_it_reads_and_serves_several_readers() -> None:
+    norm = LayerNorm(6)
+    residual, *deltas = (randn(3, 6, seed=i, dtype=torch.float32) for i in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        summed, first, second = norm.add(residual, [delta.bfloat16() for delta in deltas], readers=2)
+    rounded = residual + (deltas[0].bfloat16().float() + deltas[1].bfloat16().float())
+    assert torch.equal(summed, rounded)
+    assert first.dtype == torch.bfloat16
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, norm(rounded).bfloat16())
+    stream, normed = norm.add(residual, ())
+    assert stream is residual
+    assert torch.equal(normed, norm(residual))
 
 
 # --- Rotary embedding
@@ -157,3 +198,19 @@ def test_mlp_uses_the_tanh_form_of_gelu_and_biases() -> None:
     torch.testing.assert_close(block(x), expected, rtol=1e-12, atol=1e-14)
     assert not torch.allclose(block(x), block.fc2(F.gelu(hidden)), rtol=1e-9, atol=1e-9)
     assert MLP(5, 7)(x.float()).shape == (4, 5)
+
+
+def test_mlp_takes_weights_that_are_cast_already_as_autocast_takes_wide_ones() -> None:
+    wide, x = MLP(5, 7, 3).float(), randn(4, 5, dtype=torch.float32).requires_grad_()
+    stored = MLP(5, 7, 3).bfloat16()
+    stored.load_state_dict(wide.state_dict())
+    with torch.autocast("cpu", torch.bfloat16):
+        outs = [block(x) for block in (wide, stored)]
+    assert outs[0].dtype == torch.bfloat16
+    assert torch.equal(*outs)
+    gradients = [
+        torch.autograd.grad(out.float().square().sum(), [x, *block.parameters()])
+        for out, block in zip(outs, (wide, stored), strict=True)
+    ]
+    for from_wide, from_stored in zip(*gradients, strict=True):
+        assert torch.equal(from_wide, from_stored.to(from_wide.dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from reca.engine.state import recomputed
 from reca.errors import ConfigError
+from reca.layers import attention
 from reca.layers.attention import set_attention_backend
+from reca.layers.rotary import rotary_table
+from reca.layers.stream import Stream
 from reca.models.bagel import transformer
 from reca.models.bagel.batch import BagelBatch, BagelExample, TargetGroup, collate
 from reca.models.bagel.checkpoint import bagel_slots
@@ -24,6 +30,7 @@ from reca.models.bagel.parity import reproduce
 from reca.models.bagel.parity_training import load_pack_model, pack_batch, record
 from reca.models.family import Pack
 from reca.models.parity import compare, read_pack
+from reca.profiling.launches import LaunchCounter
 from reca.randomness import RandomSource
 
 PACKS = Path(__file__).parents[1] / "data" / "parity" / "bagel"
@@ -162,7 +169,7 @@ def test_image_and_text_rows_do_not_depend_on_trained_weights_but_markers_do() -
     def before_last_layer() -> Tensor:
         with record({"layer": model.layers[-1]}) as (inputs, _), torch.no_grad():
             model(batch, model.draw(batch, RANDOM))
-        understanding: Tensor = inputs["layer"][0]
+        understanding: Tensor = inputs["layer"][0].rows
         return understanding
 
     old = before_last_layer()
@@ -194,6 +201,42 @@ def test_recomputing_a_layer_repeats_nothing_that_the_backward_pass_does_not_nee
     _, got = loss_and_gradients(model, batch)
     assert worst_relative(got, expected) == 0
     assert calls == {"und.qkv": 2, "gen.o": 2, "und.o": 1, "und.mlp.gate_up": 1}
+
+
+def test_a_recomputed_layer_keeps_one_tensor_of_each_stream() -> None:
+    model, batch = tiny_model(), tiny_batch()
+    _, expected = loss_and_gradients(model, batch)
+    kept: list[bool] = []
+    layer = model.blocks()[1]
+    forward = layer.forward
+    layer.forward = lambda *args: kept.extend(s.delta is None for s in args[:2]) or forward(*args)  # type: ignore[method-assign, func-returns-value]
+    with recomputed(model.blocks(), enabled=True):
+        _, got = loss_and_gradients(model, batch)
+    assert kept == [True] * 4  # in the forward and once more in the backward
+    assert worst_relative(got, expected) < 1e-6
+
+
+def test_a_layer_copies_no_keys_and_forms_residual_sums_inside_its_norms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "choose_backend", lambda *ask: "varlen")  # as on a GPU
+    real = tiny_batch()
+    with FakeTensorMode() as mode:
+        model, layout = BagelModel(TINY), real.layout.map(mode.from_tensor)
+        dim, rows = TINY.llm.hidden_size, (sum(layout.kinds), sum(layout.latent_lengths))
+        understanding, latents = (Stream(torch.zeros(n, dim), torch.zeros(n, dim)) for n in rows)
+        for part in latents:
+            part.requires_grad_()
+        rotation = rotary_table(layout.positions, TINY.llm.head_dim)
+        with LaunchCounter() as counter, torch.autocast("cpu", torch.bfloat16):
+            _, after = model.layers[0](understanding, latents, layout, rotation)
+            torch.autograd.backward([*after], [torch.zeros_like(part) for part in after])
+    numbers: Counter[str] = Counter()
+    for launch, times in counter.launches.items():
+        numbers[launch.operator] += times
+    assert numbers["reca::qk_norm_rope_into"] == 2 and numbers["reca::rms_norm"] == 4
+    assert numbers["aten::cat"] == 1  # the attention outputs of image, text and markers
+    assert numbers["aten::slice_backward"] == numbers["aten::add"] == numbers["aten::add_"] == 0
 
 
 # Cuts, orders and arithmetic
@@ -268,7 +311,7 @@ def test_bf16_stays_close_to_fp32_and_keeps_time_loss_and_gradients_in_fp32() ->
             parameter.data = parameter.data.to(torch.bfloat16)
     with record({"layer": model.layers[0]}) as (_, outputs), torch.autocast("cpu", torch.bfloat16):
         rounded, got = loss_and_gradients(model, batch)
-    assert [stream.dtype for stream in outputs["layer"]] == [torch.bfloat16, torch.bfloat16]
+    assert [part.dtype for stream in outputs["layer"] for part in stream] == [torch.bfloat16] * 4
     assert rounded.dtype == model.draw(batch, RANDOM).time.dtype == torch.float32
     assert {gradient.dtype for gradient in got.values()} == {torch.float32}
     torch.testing.assert_close(rounded, loss, rtol=2e-2, atol=0)

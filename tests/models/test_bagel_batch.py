@@ -219,8 +219,17 @@ def test_positions_are_counted_from_the_image_block_and_move_with_a_dropped_text
     assert without_text.tolist() == [-1, -1, -1]  # officially 0, with the block at 1
     assert text.tolist() == [-4, -3, -2, -1]
     assert markers.tolist() == [0, 0, 0, 0]
-    assert layout.texts.query_lengths == (4,) and layout.texts.key_lengths == (7,)
     assert layout.latents.key_lengths == (3 + 4 + 2 + 5, 3 + 2 + 6)
+
+
+def test_keys_lie_sample_by_sample_and_empty_queries_skip_what_nobody_sees() -> None:
+    layout = Layout.of([3, 2], [4, 0], [2, 1])
+    image, without_text, text, markers, others = layout.places.split([3, 2, 4, 2, 2])
+    first, second = layout.latent_places.split([2, 1])
+    assert [*image, *text, *markers, *first, *without_text, *others, *second] == list(range(16))
+    assert (layout.images.query_lengths, layout.images.key_lengths) == ((3, 0, 2, 0), (3, 8, 2, 3))
+    assert (layout.texts.query_lengths, layout.texts.key_lengths) == ((4, 0, 0, 0), (7, 4, 2, 3))
+    assert layout.texts.is_causal and not layout.images.is_causal
 
 
 def test_position_tables_are_cropped_at_the_top_left() -> None:

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from reca.layers.autoencoder import GroupNormSilu
 from reca.models.bagel.parity_sampling import reproduce_vae
 from reca.models.bagel.vae import FluxVAE, VAEConfig, vae_slots
 from reca.models.checkpoint import load_slots, named_tensors, official_shapes, save_slots
 from reca.models.family import Reproduction
 from reca.models.parity import compare, read_pack
+from reca.profiling.launches import LaunchCounter
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 PACK = DATA / "parity" / "bagel" / "vae"
@@ -57,6 +61,38 @@ def test_the_official_file_comes_back_bit_for_bit(tmp_path: Path) -> None:
     official, written = load_file(PACK / "weights.safetensors"), load_file(tmp_path / "ae.safetensors")
     assert written.keys() == official.keys()
     assert all(torch.equal(written[name], tensor) for name, tensor in official.items())
+
+
+def test_its_blocks_are_those_of_diffusers_with_each_norm_and_its_activation_in_one() -> None:
+    torch.manual_seed(0)
+    ours = FluxVAE(CONFIG).autoencoder
+    theirs = AutoencoderKL(**ours.config)
+    theirs.load_state_dict(ours.state_dict())
+    pixels = torch.randn(2, 3, 16, 24)
+    moments = ours.encoder(pixels)
+    torch.testing.assert_close(moments, theirs.encoder(pixels))
+    torch.testing.assert_close(ours.decoder(moments[:, :4]), theirs.decoder(moments[:, :4]))
+    torch.autograd.grad(moments.sum(), list(ours.encoder.parameters()))  # whoever trains it may
+
+
+def test_residual_blocks_launch_neither_activations_nor_divisions_of_their_own() -> None:
+    with FakeTensorMode(), torch.no_grad():
+        vae = FluxVAE(CONFIG)
+        with LaunchCounter() as counter:
+            vae.moments(torch.zeros(1, 3, 16, 16))
+    operators = [launch.operator for launch in counter.launches.elements()]
+    assert operators.count("reca::group_norm_silu") == 2 * 3 + 2 * 2 + 1  # levels, middle, output
+    assert operators.count("aten::silu") == 0
+    assert operators.count("aten::div") == 1  # of the attention in the middle
+
+
+def test_a_norm_with_its_activation_is_rounded_once_to_what_its_convolution_reads() -> None:
+    torch.manual_seed(0)
+    norm, x = GroupNormSilu(2, 6), torch.randn(2, 6, 5, 3)
+    exact = torch.nn.functional.silu(torch.group_norm(x, 2, norm.weight, norm.bias, 1e-6))
+    torch.testing.assert_close(norm(x), exact)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(norm(x), exact.bfloat16())
 
 
 def test_logvar_is_not_clamped() -> None:

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from reca.errors import CheckpointError, ConfigError
-from reca.layers.attention import Segments, set_attention_backend
+from reca.layers.attention import set_attention_backend
 from reca.models.family import Pack
 from reca.models.harmon.batch import (
     GenerationBatch,
+    GenerationDraws,
     GenerationExample,
     ImageToTextBatch,
     ImageToTextExample,
@@ -30,7 +31,6 @@ from reca.models.harmon.batch import (
 )
 from reca.models.harmon.checkpoint import harmon_slots
 from reca.models.harmon.config import VARIANTS, HarmonConfig
-from reca.models.harmon.dropout import BlockDropout, DrawnDropout
 from reca.models.harmon.mar import resized_positions
 from reca.models.harmon.model import HarmonModel
 from reca.models.harmon.parity import reproduce
@@ -91,6 +91,12 @@ def loss_and_gradients(model: HarmonModel, *batches: Any) -> tuple[Tensor, dict[
     return torch.stack(losses).sum(), {
         name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
     }
+
+
+def visible_tokens(draws: GenerationDraws, batch: GenerationBatch, buffers: int) -> Tensor:
+    """[visible tokens], index into the tokens of all images: the encoder's rows that are no buffer."""
+    own = draws.encoder_rows[len(batch.encoding.whole) :] - buffers
+    return own[own >= 0]
 
 
 def worst_relative(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -162,10 +168,14 @@ def test_the_type_of_a_batch_is_its_task_and_names_its_loss() -> None:
 def test_masked_and_visible_tokens_partition_every_image_in_raster_order() -> None:
     model, batch = tiny_model(), tiny_batch()
     draws = model.draw(batch, RANDOM)
-    assert sorted(torch.cat([draws.visible, draws.masked]).tolist()) == list(range(3 * 64))
-    for rows, lengths in ((draws.visible, batch.num_visible), (draws.masked, batch.num_masked)):
+    buffers = model.config.mar.buffer_size
+    visible = visible_tokens(draws, batch, buffers)
+    assert sorted(torch.cat([visible, draws.masked]).tolist()) == list(range(3 * 64))
+    for rows, lengths in ((visible, batch.num_visible), (draws.masked, batch.num_masked)):
         for index, part in enumerate(rows.split(lengths)):
             assert (part // 64 == index).all() and (part.diff() > 0).all()
+    # in the decoder's canvases each image has its buffers before its tokens
+    assert torch.equal(draws.masked_rows - draws.masked, (draws.masked // 64 + 1) * buffers)
     assert int(draws.counts["reconstruction"]) == 4 * sum(batch.num_masked) == len(draws.time)
     assert int(draws.time.min()) >= 0 and int(draws.time.max()) <= 999
     assert min(batch.num_masked) >= math.ceil(0.7 * 64)
@@ -186,7 +196,7 @@ def test_a_later_token_changes_no_earlier_row_of_the_language_model() -> None:
     def rows(sequences: Any) -> Tensor:
         with record({"layer": model.layers[1]}) as calls, torch.no_grad():
             model(dataclasses.replace(batch, sequences=sequences), model.draw(batch, RANDOM))
-        return calls["layer"][0][1]
+        return calls["layer"][0][1].rows
 
     same = (rows(batch.sequences) == rows(changed)).all(dim=1)
     assert same[:-1].all() and not same[-1]
@@ -230,7 +240,7 @@ def test_losses_and_gradients_do_not_depend_on_microbatching(task: str, config: 
 def test_draws_are_pure_and_belong_to_the_sample_not_to_its_place() -> None:
     model, batch = tiny_model(), tiny_batch()
     draws, again = model.draw(batch, RANDOM), model.draw(batch, RANDOM)
-    assert torch.equal(draws.noise, again.noise) and torch.equal(draws.visible, again.visible)
+    assert torch.equal(draws.noise, again.noise) and torch.equal(draws.encoder_rows, again.encoder_rows)
     moved = tiny_batch(chosen=[2, 0, 1])
     other = model.draw(moved, RANDOM)
     masked = draws.masked_positions.split(batch.num_masked)
@@ -238,38 +248,7 @@ def test_draws_are_pure_and_belong_to_the_sample_not_to_its_place() -> None:
     noise = draws.noise.view(4, -1, 16).split(batch.num_masked, dim=1)
     assert torch.equal(other.noise.view(4, -1, 16), torch.cat([noise[2], noise[0], noise[1]], dim=1))
     assert not torch.equal(model.draw(batch, RANDOM.at(8)).noise, draws.noise)
-    assert not torch.equal(model.draw(batch, RANDOM.at(8)).visible, draws.visible)
-
-
-def test_dropout_drops_its_share_scales_the_rest_and_repeats() -> None:
-    ids = torch.tensor([5, 9])
-    masks = DrawnDropout.of(RANDOM, ids)
-    drop = BlockDropout(masks, 0.1, 0.1, "encoder_blocks.0", 1)
-    ones = torch.ones(300, 40)
-    got = drop.rows(ones, "mlp.drop1", Segments.of((100, 200)))
-    assert torch.equal(got, drop.rows(ones, "mlp.drop1", Segments.of((100, 200))))
-    assert set(got.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.9))}
-    assert float((got == 0).float().mean()) == pytest.approx(0.1, abs=0.01)
-    # a sample's mask depends neither on its neighbours nor on its place
-    alone = BlockDropout(DrawnDropout.of(RANDOM, ids[1:]), 0.1, 0.1, "encoder_blocks.0", 1)
-    assert torch.equal(alone.rows(ones[100:], "mlp.drop1", Segments.of((200,))), got[100:])
-    for place, number in (("mlp.drop2", 1), ("mlp.drop1", 0)):
-        other = BlockDropout(masks, 0.1, 0.1, "encoder_blocks.0", number)
-        assert not torch.equal(other.rows(ones, place, Segments.of((100, 200))), got)
-
-
-def test_dropout_of_attention_drops_probabilities() -> None:
-    torch.manual_seed(0)
-    query, key = torch.randn(7, 2, 8), torch.randn(7, 2, 8)
-    value = torch.ones(7, 2, 8)
-    drop = BlockDropout(DrawnDropout.of(RANDOM, torch.tensor([1, 2])), 0.5, 0.0, "encoder_blocks.0", 0)
-    segments = Segments.of([3, 4])
-    attended = drop.attend(torch.stack([query, key, value], dim=1), segments)
-    place = "dropout/encoder_blocks.0.attn.attn_drop.0"
-    keep = RANDOM.uniform(place, torch.tensor([2]), 2 * 4 * 4).view(2, 4, 4) >= 0.5
-    scores = torch.einsum("qhd,khd->hqk", query[3:], key[3:]) * 8**-0.5
-    expected = (scores.softmax(-1) * keep).sum(-1).t() / 0.5
-    torch.testing.assert_close(attended[3:, :, 0], expected)
+    assert not torch.equal(model.draw(batch, RANDOM.at(8)).encoder_rows, draws.encoder_rows)
 
 
 def test_recomputing_a_block_repeats_its_dropout() -> None:

@@ -208,7 +208,7 @@ def test_the_loss_of_a_code_depends_on_earlier_codes_only() -> None:
 
     def hidden(changed: Tensor) -> Tensor:
         with torch.no_grad():
-            return model.transform(model.embed(batch, changed), batch.layout)
+            return model.transform(model.embed(batch, changed), batch.layout).rows
 
     other = codes.clone()
     other[0, 10] = (other[0, 10] + 1) % TINY.vq.num_embeddings
@@ -328,7 +328,7 @@ def test_bf16_stays_close_to_fp32_and_keeps_codes_loss_and_gradients_exact() -> 
     with record({"layer": model.layers[0]}) as outputs, torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.target_codes(batches[0]), codes)
         rounded, got = loss_and_gradients(model, *batches)
-    assert outputs["layer"].dtype == torch.bfloat16
+    assert outputs["layer"].rows.dtype == torch.bfloat16
     assert rounded.dtype == torch.float32
     assert {gradient.dtype for gradient in got.values()} == {torch.float32}
     torch.testing.assert_close(rounded, loss, rtol=2e-2, atol=0)

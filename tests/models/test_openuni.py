@@ -152,7 +152,7 @@ def test_no_gradient_reaches_a_prompt_row() -> None:
     watched: dict[str, Any] = {"first": model.layers[0], "last": model.layers[-1]}
     with record(watched) as (inputs, outputs):
         model(batch, model.draw(batch, RANDOM))
-    assert [outputs["first"][0].requires_grad, outputs["first"][1].requires_grad] == [False, True]
+    assert [stream.rows.requires_grad for stream in outputs["first"]] == [False, True]
     # behind the last layer nobody reads the prompts: they leave it as they came
     assert outputs["last"][0] is inputs["last"][0]
 
@@ -229,7 +229,7 @@ def test_frozen_bf16_weights_under_autocast_stay_near_fp32() -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
     with record({"layer": model.layers[0]}) as (_, outputs), torch.autocast("cpu", torch.bfloat16):
         rounded, got = loss_and_gradients(model, batch)
-    assert [stream.dtype for stream in outputs["layer"]] == [torch.bfloat16, torch.bfloat16]
+    assert [stream.rows.dtype for stream in outputs["layer"]] == [torch.bfloat16, torch.bfloat16]
     assert rounded.dtype == torch.float32
     assert {gradient.dtype for gradient in got.values()} == {torch.float32}
     torch.testing.assert_close(rounded, loss, rtol=2e-2, atol=0)

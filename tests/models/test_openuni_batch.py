@@ -79,6 +79,10 @@ def test_prompts_are_packed_and_queries_continue_the_positions_of_theirs() -> No
     assert layout.query_positions.tolist() == [*range(9, 17), *range(8, 16)]
     assert (layout.queries.query_lengths, layout.queries.key_lengths) == ((8, 8), (17, 16))
     assert layout.queries.is_causal and layout.prompts.is_causal and not layout.connector.is_causal
+    # keys and values lie sample by sample, a prompt before its queries, and no prompt sees a query
+    assert layout.prompt_places.tolist() == [*range(9), *range(17, 25)]
+    assert layout.query_places.tolist() == [*range(9, 17), *range(25, 33)]
+    assert (layout.prompts.query_lengths, layout.prompts.key_lengths) == ((9, 0, 8, 0), (9, 8, 8, 8))
     assert (batch.num_tokens, batch.latent_shape) == (160, (8, 8, 8))
 
 

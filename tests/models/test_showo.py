@@ -294,10 +294,30 @@ def test_an_instruction_too_long_is_refused_with_the_most_there_is_room_for(kind
         reconstruction(TINY[kind], (7,) * (most + 1))
 
 
-def test_equal_kinds_of_blocks_stand_together_and_full_ones_come_first() -> None:
+def test_full_blocks_stand_kind_by_kind_and_causal_ones_follow_sample_by_sample() -> None:
     layout = Layout.of([reconstruction(CLIP, (5, 6)), reconstruction(CLIP, (5,))])
-    assert layout.order == ((0, 0), (1, 0), (0, 3), (1, 3), (0, 1), (1, 1), (0, 2), (1, 2))
+    assert layout.order == ((0, 0), (1, 0), (0, 3), (1, 3), (0, 1), (0, 2), (1, 1), (1, 2))
     assert layout.plan.full.segments.query_rows == 2 * (16 + 16)
+
+
+def test_a_causal_block_that_continues_another_one_shares_its_segment() -> None:
+    causal = Layout.of([reconstruction(CLIP, (5, 6)), reconstruction(CLIP, (5,))]).plan.causal
+    assert causal.segments.query_lengths == (2 + 6, 2 + 5)
+    assert causal.segments.key_lengths == (16 + 2 + 6, 16 + 2 + 5)
+    apart = Layout.of([reconstruction(TINY["vq"], (5, 6))]).plan.causal  # the image stands between them
+    assert apart.segments.query_lengths == (1, 4)
+
+
+def test_each_row_lies_where_every_segment_that_sees_it_reads_it() -> None:
+    layout = Layout.of([reconstruction(CLIP, (5, 6)), reconstruction(CLIP, (5,))])
+    blocks = torch.arange(len(layout.positions)).split(layout.lengths)
+    pieces = [blocks[index] for view in layout.plan.views for index in view.pieces]
+    read = torch.cat(pieces)  # stored row at each place
+    places = layout.plan.places
+    assert places.shape == (len(layout.positions), 3)
+    rows = torch.arange(len(places))[:, None].expand_as(places)[places >= 0]
+    assert torch.equal(rows, read[places[places >= 0]])
+    assert torch.equal(places[places >= 0].sort().values, torch.arange(sum(layout.plan.key_rows)))
 
 
 def test_tasks_do_not_mix_in_a_microbatch() -> None:

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reca.images import patchify
-from reca.kernels import Impl, PhiloxNoise, flow_head, flow_input, runs_fused
+from reca.kernels import Impl, PhiloxNoise, embedding_projection, flow_head, flow_input, runs_fused
 from reca.layers.implementation import activation_dtype
 from reca.layers.mlp import MLP
 from reca.layers.norm import RMSNorm
 from reca.layers.position import sincos_position_table
 from reca.layers.rotary import rotary_table
+from reca.layers.stream import Stream
 from reca.layers.timestep import timestep_features
 from reca.models.bagel.batch import BagelBatch, BagelDraws, TargetGroup
 from reca.models.bagel.config import BagelConfig
@@ -134,7 +135,9 @@ class BagelModel(nn.Module):
         stride = self.config.vae.stride if group.kind == "pixels" else 1
         height, width = group.values.shape[-2] // stride, group.values.shape[-1] // stride
         channels = self.config.vae.z_channels
-        ids = torch.stack([sample_ids[index] for index in group.images])
+        ids = sample_ids
+        if group.images != tuple(range(len(sample_ids))):
+            ids = torch.stack([sample_ids[index] for index in group.images])
         return random.normal("posterior", ids, channels * height * width).view(-1, channels, height, width)
 
     def forward(self, batch: BagelBatch, draws: BagelDraws) -> LossTerms:
@@ -151,10 +154,19 @@ class BagelModel(nn.Module):
     def understand(self, batch: BagelBatch) -> Tensor:
         """[understanding rows, dim]: what the frozen half of the sequence puts into the transformer."""
         with span("understand"):
-            encoded = self.connector(self.vision(batch.patches, batch.patch_positions, batch.patch_images))
-            encoded = encoded + self.vision_positions[batch.patch_positions].to(encoded.dtype)
+            encoded = self.vision(batch.patches, batch.patch_positions, batch.patch_images)
+            dtype = activation_dtype(self.connector.fc1.weight)
+            projected = embedding_projection(
+                encoded.to(dtype),
+                *(parameter.to(dtype) for parameter in self.connector.parameters()),
+                activation="gelu_tanh",
+                position=self.vision_positions,
+                position_ids=batch.patch_positions,
+                impl=self.kernels,
+            )
             embedded: Tensor = self.embed_tokens(batch.token_ids)
-            return embedded.index_copy(0, batch.patch_rows, encoded.to(embedded.dtype))
+            # Not as `destination`: what finds each row's token is eight launches, this is one over 256 rows.
+            return embedded.index_copy_(0, batch.patch_rows, projected.to(embedded.dtype))
 
     @torch.no_grad()
     def encode_target(self, batch: BagelBatch, draws: BagelDraws) -> Tensor:
@@ -189,7 +201,7 @@ class BagelModel(nn.Module):
             self.vae2llm.weight.to(dtype),
             self.vae2llm.bias.to(dtype),
             time_embedding=self.time_embedder(draws.time).to(dtype),
-            position=self.latent_positions.to(dtype),
+            position=self.latent_positions,
             position_ids=batch.latent_positions,
             impl=self.kernels,
         )
@@ -204,9 +216,10 @@ class BagelModel(nn.Module):
         """
         llm = self.config.llm
         rotation = rotary_table(batch.layout.positions, llm.head_dim, llm.rope_theta, understanding.dtype)
+        streams = Stream(understanding), Stream(latents)
         for layer in self.layers:
-            understanding, latents = layer(understanding, latents, batch.layout, rotation)
-        return latents
+            streams = layer(*streams, batch.layout, rotation)
+        return streams[1].rows
 
     def velocity_loss(self, batch: BagelBatch, latents: Tensor, clean: Tensor, draws: BagelDraws) -> Tensor:
         """Scalar fp32: squared error of the velocity of the latents' final states, summed over tokens."""

@@ -110,8 +110,7 @@ def _train(model: BagelModel, pack: Pack, shift: float) -> dict[str, Tensor]:
     model.zero_grad()
     watched: dict[str, nn.Module] = {f"layer.{i}": layer for i, layer in enumerate(model.layers)}
     watched |= {f"vit.layer.{i}": layer for i, layer in enumerate(model.vision.layers)}
-    watched |= {"vit.last_hidden_state": model.vision, "connector": model.connector}
-    watched |= {"timestep_embedding": model.time_embedder}
+    watched |= {"vit.last_hidden_state": model.vision, "timestep_embedding": model.time_embedder}
     with record(watched) as (inputs, outputs):
         loss = model(batch, draws)["reconstruction"] / draws.counts["reconstruction"]
     loss.backward()
@@ -121,7 +120,7 @@ def _train(model: BagelModel, pack: Pack, shift: float) -> dict[str, Tensor]:
     ]
     with torch.no_grad():
         clean = model.encode_target(batch, draws)
-        velocity = model.llm2vae(model.norm_gen(outputs[f"layer.{len(model.layers) - 1}"][1]))
+        velocity = model.llm2vae(model.norm_gen(outputs[f"layer.{len(model.layers) - 1}"][1].rows))
         noise = pack.inputs["noise"]
         return {
             **packed_view(batch, pack),
@@ -133,7 +132,9 @@ def _train(model: BagelModel, pack: Pack, shift: float) -> dict[str, Tensor]:
             "target": noise - clean,
             "timestep_embedding": outputs["timestep_embedding"][layout.latent_images],
             "vit.embeddings": model.vision.embed(batch.patches, batch.patch_positions),
-            **{name: value for name, value in outputs.items() if name.startswith(("vit.", "connector"))},
+            **{name: value.rows for name, value in outputs.items() if name.startswith("vit.layer.")},
+            "vit.last_hidden_state": outputs["vit.last_hidden_state"],
+            "connector": model.connector(outputs["vit.last_hidden_state"]),
             **_streams(model, layout, inputs, outputs),
             **_prefix(model, layout, inputs),
             "velocity": velocity,
@@ -243,15 +244,16 @@ def attention_mask(layout: Layout) -> Tensor:
     rows = torch.arange(num_understanding)
     latents = torch.arange(num_understanding, num_understanding + num_latents)
     images, texts, markers = rows.split(layout.kinds)
-    block, seen_by_text = layout.block_view(rows, latents), layout.text_view(rows)
+    placed = torch.cat([rows, latents])[torch.cat([layout.places, layout.latent_places]).argsort()]
     mask = torch.zeros(num_understanding + num_latents, num_understanding + num_latents, dtype=torch.uint8)
-    for queries, keys, segments in (
-        (images, images, layout.images),
-        (texts, seen_by_text, layout.texts),
-        (markers, block, layout.markers),
-        (latents, block, layout.latents),
+    for queries, segments in (
+        (images, layout.images),
+        (texts, layout.texts),
+        (markers, layout.markers),
+        (latents, layout.latents),
     ):
-        for q, k in zip(queries.split(segments.query_lengths), keys.split(segments.key_lengths), strict=True):
+        keys = placed.split(segments.key_lengths)
+        for q, k in zip(queries.split(segments.query_lengths), keys, strict=True):
             seen = torch.ones(len(q), len(k), dtype=torch.uint8)
             mask[q[:, None], k] = seen.tril(len(k) - len(q)) if segments.is_causal else seen
     order = packed_order(layout)
@@ -268,9 +270,12 @@ def _streams(
     layer.is_last = False
     outputs = {**outputs, f"layer.{last}": layer(*inputs[f"layer.{last}"])}
     layer.is_last = True
-    streams = {f"hidden.{i}": torch.cat(outputs[f"layer.{i}"])[order] for i in range(last + 1)}
-    streams["packed_sequence"] = torch.cat(inputs["layer.0"][:2])[order]
-    understanding, latents = outputs[f"layer.{last}"]
+    rows = {
+        name: [stream.rows for stream in outputs[name]] for name in (f"layer.{i}" for i in range(last + 1))
+    }
+    streams = {f"hidden.{i}": torch.cat(rows[f"layer.{i}"])[order] for i in range(last + 1)}
+    streams["packed_sequence"] = torch.cat([stream.rows for stream in inputs["layer.0"][:2]])[order]
+    understanding, latents = rows[f"layer.{last}"]
     streams["last_hidden_state"] = torch.cat([model.norm(understanding), model.norm_gen(latents)])[order]
     return streams
 
@@ -280,7 +285,7 @@ def _prefix(model: BagelModel, layout: Layout, inputs: Mapping[str, Any]) -> dic
     llm, tensors = model.config.llm, {}
     for index, layer in enumerate(model.blocks()):
         understanding, _, _, rotation = inputs[f"layer.{index}"]
-        key, value = layer.und.project_keys(understanding)
+        _, key, value = layer.und.project(understanding.rows)
         key = apply_rotary(key, *rotation)
         images, texts, _ = (
             part.split(kind) for part, kind in zip(*_kinds(layout, torch.arange(len(key))), strict=True)
@@ -326,7 +331,7 @@ def reproduce_siglip(pack: Pack) -> Reproduction:
             "position_ids": positions,
             "seqlens": torch.tensor(lengths),
             "embeddings": encoder.embed(patches, positions),
-            **outputs,
+            **{name: stream.rows for name, stream in outputs.items()},
             "last_hidden_state": encoded,
             "connector": connected,
             "und_embeddings": connected + table[positions],

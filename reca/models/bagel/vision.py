@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from reca.layers.attention import Segments, attention
 from reca.layers.mlp import MLP
+from reca.layers.norm import LayerNorm
+from reca.layers.stream import Stream
 from reca.models.bagel.config import VisionConfig
 
 
@@ -17,19 +19,25 @@ class VisionLayer(nn.Module):
         dim = config.hidden_size
         self.head_dim = config.head_dim
         self.attention_backend = "auto"
-        self.norm1 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.norm1 = LayerNorm(dim, config.layer_norm_eps)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.norm2 = LayerNorm(dim, config.layer_norm_eps)
         self.mlp = MLP(dim, config.intermediate_size)
 
-    def forward(self, hidden: Tensor, images: Segments) -> Tensor:
-        """[patches, dim] -> [patches, dim]."""
-        query, key, value = self.qkv(self.norm1(hidden)).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+    def forward(self, stream: Stream, images: Segments) -> Stream:
+        """Advance the residual stream of [patches, dim]."""
+        hidden, normed = _read(stream, self.norm1)
+        query, key, value = self.qkv(normed).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
         attended = attention(query, key, value, images, backend=self.attention_backend)
-        hidden = hidden + self.out(attended.flatten(1))
-        output: Tensor = hidden + self.mlp(self.norm2(hidden))
-        return output
+        hidden, normed = _read(Stream(hidden, self.out(attended.flatten(1))), self.norm2)
+        return Stream(hidden, self.mlp(normed))
+
+
+def _read(stream: Stream, norm: LayerNorm) -> tuple[Tensor, Tensor]:
+    """(the sum of a stream, its norm), both [patches, dim], in one pass."""
+    summed, normed = norm.add(stream.residual, [] if stream.delta is None else [stream.delta])
+    return summed, normed
 
 
 class VisionEncoder(nn.Module):
@@ -44,7 +52,7 @@ class VisionEncoder(nn.Module):
         self.patch_embedding = nn.Linear(config.patch_dim, dim)
         self.position_embedding = nn.Embedding(config.positions_per_side**2, dim)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
-        self.post_norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.post_norm = LayerNorm(dim, config.layer_norm_eps)
 
     def embed(self, patches: Tensor, positions: Tensor) -> Tensor:
         """[patches, dim]: linear patch embedding plus the learned position."""
@@ -62,8 +70,7 @@ class VisionEncoder(nn.Module):
 
         Returns: [patches, dim].
         """
-        hidden = self.embed(patches, positions)
+        stream = Stream(self.embed(patches, positions))
         for layer in self.layers:
-            hidden = layer(hidden, images)
-        output: Tensor = self.post_norm(hidden)
-        return output
+            stream = layer(stream, images)
+        return _read(stream, self.post_norm)[1]

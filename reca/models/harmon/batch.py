@@ -22,7 +22,7 @@ from torch import Tensor
 
 from reca.layers.attention import Segments
 from reca.models.harmon.config import HarmonConfig
-from reca.models.harmon.dropout import Dropout
+from reca.models.harmon.dropout import UNDERSTANDING, VISIBLE, Dropout
 from reca.models.harmon.mar import encoder_rows
 from reca.models.harmon.transformer import Readout
 from reca.types import Batch, Draws, TensorStruct
@@ -53,18 +53,20 @@ class Images(TensorStruct):
 
 
 @dataclass(frozen=True, slots=True)
-class Understanding(TensorStruct):
-    """Rows of the encoder's pass over whole images.
+class Encoding(TensorStruct):
+    """Rows of the encoder: images that are understood, then the visible part of images to be generated.
+
+    Neither sees the other, so that both are one packed run.
 
     Attributes:
-        positions: [images * h * w] int64, of the tokens.
-        rows: places buffers and tokens; see `encoder_rows`.
-        segments: buffers + h * w rows of each image.
+        whole: [whole rows] int64, index into [buffers; tokens of all images]: images that are understood.
+        segments: buffers and tokens, of each whole image, then of each visible part.
+        passes: which of the two are there, in order: `UNDERSTANDING`, `VISIBLE`.
     """
 
-    positions: Tensor
-    rows: Tensor
+    whole: Tensor
     segments: Segments
+    passes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,23 +94,19 @@ class GenerationBatch(Batch):
 
     Attributes:
         images: to be generated, and in reconstruction also what the sequence shows.
-        understanding: None without it.
+        encoding: rows of the encoder; without understanding the visible parts alone.
         sequences: of the language model.
         num_masked: masked tokens of each image.
         masked_counts: [images] int64, the same on the device.
-        visible: places buffers and visible tokens; see `encoder_rows`.
-        visible_segments: buffers + visible tokens of each image.
         canvas_segments: buffers + h * w rows of each image.
         from_llm: [rows] int64, index into the rows read from the language model: buffers first again.
     """
 
     images: Images
-    understanding: Understanding | None
+    encoding: Encoding
     sequences: Sequences
     num_masked: tuple[int, ...]
     masked_counts: Tensor
-    visible: Tensor
-    visible_segments: Segments
     canvas_segments: Segments
     from_llm: Tensor
 
@@ -134,13 +132,13 @@ class ImageToTextBatch(Batch):
 
     Attributes:
         images: what the dialogues are about.
-        understanding: rows of the encoder.
+        encoding: rows of the encoder, whole images alone.
         sequences: of the language model; its readout names the rows that predict a label.
         labels: [read rows] int64, the next token of each.
     """
 
     images: Images
-    understanding: Understanding
+    encoding: Encoding
     sequences: Sequences
     labels: Tensor
 
@@ -150,19 +148,20 @@ class GenerationDraws(Draws):
     """The random decisions of a microbatch of images to be generated.
 
     Attributes:
-        visible, masked: [tokens] int64, sample by sample in raster order: index into [images * h * w].
-        visible_positions, masked_positions: the same within their image.
+        encoder_rows: [rows] int64, index into [buffers; tokens of all images]: the rows of the encoding.
         canvas_rows: [rows] int64, where buffers and visible tokens lie in the decoder's canvases.
+        masked: [tokens] int64, sample by sample in raster order: index into [images * h * w].
+        masked_positions, masked_rows: the same within their image, and within the decoder's canvases.
         time: [levels * masked tokens] int64 in 0..999, levels outermost.
         noise: [levels * masked tokens, channels] fp32 standard normal.
         dropout: None switches dropout off.
     """
 
-    visible: Tensor
-    masked: Tensor
-    visible_positions: Tensor
-    masked_positions: Tensor
+    encoder_rows: Tensor
     canvas_rows: Tensor
+    masked: Tensor
+    masked_positions: Tensor
+    masked_rows: Tensor
     time: Tensor
     noise: Tensor
     dropout: Dropout | None
@@ -223,7 +222,6 @@ def collate_generation(
     images, buffers = _images(examples), config.mar.buffer_size
     masked = tuple(example.num_masked for example in examples)
     visible = [images.tokens - count for count in masked]
-    understanding = understanding_rows(config, len(examples), images.grid) if with_understanding else None
     sequences = _sequences(config, examples, images, with_understanding, visible)
     starts = itertools.accumulate((count + buffers for count in visible), initial=0)
     kind = ReconstructionBatch if with_understanding else TextToImageBatch
@@ -232,12 +230,10 @@ def collate_generation(
         num_images=len(examples),
         num_tokens=sum(sequences.segments.query_lengths),
         images=images,
-        understanding=understanding,
+        encoding=encoding(config, len(examples) if with_understanding else 0, images.grid, visible),
         sequences=sequences,
         num_masked=masked,
         masked_counts=torch.tensor(masked, dtype=torch.int64),
-        visible=encoder_rows(buffers, visible),
-        visible_segments=Segments.of([buffers + count for count in visible]),
         canvas_segments=Segments.of([buffers + images.tokens] * len(examples)),
         from_llm=torch.cat(
             [
@@ -279,19 +275,22 @@ def collate_image_to_text(
         num_images=len(examples),
         num_tokens=sum(lengths),
         images=images,
-        understanding=understanding_rows(config, len(examples), images.grid),
+        encoding=encoding(config, len(examples), images.grid),
         sequences=sequences,
         labels=torch.tensor(labels, dtype=torch.int64),
     )
 
 
-def understanding_rows(config: HarmonConfig, count: int, grid: tuple[int, int]) -> Understanding:
-    """Rows of the encoder's pass over `count` whole images."""
+def encoding(
+    config: HarmonConfig, num_whole: int, grid: tuple[int, int], visible: Sequence[int] = ()
+) -> Encoding:
+    """Rows of the encoder for whole images, then for images of which so many tokens are visible."""
     tokens, buffers = grid[0] * grid[1], config.mar.buffer_size
-    return Understanding(
-        positions=torch.arange(tokens).repeat(count),
-        rows=encoder_rows(buffers, [tokens] * count),
-        segments=Segments.of([buffers + tokens] * count),
+    own = [torch.arange(tokens * index, tokens * (index + 1)) for index in range(num_whole)]
+    return Encoding(
+        whole=encoder_rows(buffers, own),
+        segments=Segments.of([buffers + count for count in (*[tokens] * num_whole, *visible)]),
+        passes=(UNDERSTANDING,) * (num_whole > 0) + (VISIBLE,) * (len(visible) > 0),
     )
 
 

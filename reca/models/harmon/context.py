@@ -10,7 +10,8 @@ from torch import Tensor
 
 from reca.layers.attention import Segments, attention
 from reca.layers.rotary import rotary_table
-from reca.models.harmon.batch import understanding_rows
+from reca.layers.stream import Stream
+from reca.models.harmon.batch import encoding
 from reca.models.harmon.mar import encoder_rows
 from reca.models.harmon.model import HarmonModel
 
@@ -34,8 +35,8 @@ class Prefix:
 
 def embed_image(model: HarmonModel, latents: Tensor, grid: tuple[int, int]) -> Tensor:
     """[h * w + buffers, dim]: understanding embeddings of latents [h * w, channels], buffers last."""
-    rows = understanding_rows(model.config, 1, grid).to(latents.device)
-    embedded = model.understand(latents[None], rows, model.encoder.positions(grid), None)
+    whole = encoding(model.config, 1, grid).to(latents.device)
+    _, embedded = model.understand(latents[None], whole.whole, grid, whole, None)
     return embedded.roll(-model.config.mar.buffer_size, dims=0)
 
 
@@ -49,14 +50,14 @@ def read_prefix(model: HarmonModel, token_ids: Sequence[int], image: Tensor | No
     llm, rows = model.config.llm, hidden.shape[0]
     rotation = rotary_table(torch.arange(rows, device=device), llm.head_dim, llm.rope_theta, hidden.dtype)
     segments = Segments.of([rows], is_causal=True).to(device)
-    keys, values = list[Tensor](), list[Tensor]()
+    stream, keys, values = Stream(hidden), list[Tensor](), list[Tensor]()
     for index, layer in enumerate(model.decoder_layers()):
-        query, key, value = layer.project(hidden, rotation)
+        query, key, value, hidden = layer.project(stream, rotation)
         keys.append(key)
         values.append(value)
         if index < llm.num_hidden_layers - 1:
             attended = attention(query, key, value, segments, backend=layer.attention_backend)
-            hidden = layer.finish(hidden, attended)
+            stream = layer.finish(hidden, attended)
     return Prefix(tuple(keys), tuple(values))
 
 
@@ -73,7 +74,6 @@ class Canvas:
 
     def __init__(self, model: HarmonModel, prefixes: Sequence[Prefix], grid: tuple[int, int]) -> None:
         self.model, self.prefixes, self.grid = model, prefixes, grid
-        self._table = model.encoder.positions(grid)
 
     def condition(self, tokens: Tensor, visible: Tensor) -> Tensor:
         """What the diffusion head is told about every token.
@@ -87,13 +87,10 @@ class Canvas:
         model, device = self.model, tokens.device
         buffers, count, passes = model.config.mar.buffer_size, visible.shape[0], len(self.prefixes)
         encoded = model.encoder(
-            tokens.index_select(0, visible),
-            visible,
-            encoder_rows(buffers, [count]).to(device),
-            self._table,
+            tokens[None],
+            encoder_rows(buffers, [visible]),
+            self.grid,
             Segments.of([buffers + count]).to(device),
-            None,
-            0,
         )
         hidden = self._read(model.proj_in(encoded).roll(-buffers, dims=0))
         # back to buffers first, pass by pass
@@ -114,14 +111,14 @@ class Canvas:
         positions = torch.cat([torch.arange(length, length + count) for length in lengths]).to(rows.device)
         rotation = rotary_table(positions, llm.head_dim, llm.rope_theta, rows.dtype)
         segments = Segments.of([count] * passes, [length + count for length in lengths], is_causal=True)
-        segments, hidden = segments.to(rows.device), rows.repeat(passes, 1)
+        segments, stream = segments.to(rows.device), Stream(rows.repeat(passes, 1))
         for index, layer in enumerate(model.decoder_layers()):
-            query, key, value = layer.project(hidden, rotation)
+            query, key, value, hidden = layer.project(stream, rotation)
             keys = self._after([prefix.keys[index] for prefix in self.prefixes], key)
             values = self._after([prefix.values[index] for prefix in self.prefixes], value)
             attended = attention(query, keys, values, segments, backend=layer.attention_backend)
-            hidden = layer.finish(hidden, attended)
-        normed: Tensor = model.norm(hidden)
+            stream = layer.finish(hidden, attended)
+        normed: Tensor = model.norm(stream.rows)
         return normed
 
     def _after(self, prefixes: Sequence[Tensor], rows: Tensor) -> Tensor:

@@ -24,20 +24,17 @@ def minimum_flops(config: HarmonConfig, batch: GenerationBatch | ImageToTextBatc
     """
     mar, llm = config.mar, config.llm
     frozen = encoder_flops(config.vae, batch.images.tokens) if batch.images.kind == "pixels" else 0
-    width, tokens = mar.encoder_embed_dim, batch.images.tokens
-    whole = [mar.buffer_size + tokens] * batch.num_images
+    width, encoded = mar.encoder_embed_dim, batch.encoding.segments.query_lengths
     total = batch.num_images * frozen
     total += _llm(llm, batch.sequences.segments.query_lengths, _read(batch), batch)
-    if batch.understanding is not None:
-        total += _mar(width, mar.mlp_ratio, mar.encoder_depth, whole)
-        total += _bridge(sum(whole), width, llm.hidden_size)
+    total += _mar(width, mar.mlp_ratio, mar.encoder_depth, encoded)
+    total += _bridge(sum(encoded), width, llm.hidden_size)
     if isinstance(batch, ImageToTextBatch):
         return total + _LINEAR * batch.labels.shape[0] * llm.hidden_size * llm.vocab_size
-    visible = batch.visible_segments.query_lengths
-    total += _mar(width, mar.mlp_ratio, mar.encoder_depth, visible)
-    total += 2 * _bridge(sum(visible), width, llm.hidden_size)
-    total += _LINEAR * sum(visible) * width * width  # embedding of the decoder
-    total += _mar(width, mar.mlp_ratio, mar.decoder_depth, whole)
+    visible = sum(encoded[-batch.num_images :])
+    total += _bridge(visible, width, llm.hidden_size)
+    total += _LINEAR * visible * width * width  # embedding of the decoder
+    total += _mar(width, mar.mlp_ratio, mar.decoder_depth, batch.canvas_segments.query_lengths)
     return total + _head(config, sum(batch.num_masked))
 
 

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reca.layers.attention import Segments
+from reca.layers.norm import LayerNorm
+from reca.layers.stream import Stream
 from reca.models.harmon.config import MarConfig
-from reca.models.harmon.dropout import BlockDropout, Dropout
+from reca.models.harmon.dropout import UNDERSTANDING, BlockDropout, DrawnDropout, Dropout
 from reca.models.harmon.transformer import NORM_EPS, MarBlock
 
 
@@ -50,24 +52,27 @@ class MarStack(nn.Module):
         rows = config.buffer_size + config.learned_side**2
         self.position_table = nn.Parameter(0.02 * torch.randn(1, rows, dim))
         self.blocks = nn.ModuleList(MarBlock(dim, heads, config.mlp_ratio) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm = LayerNorm(dim, eps=NORM_EPS)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """[buffers + h * w, dim]: the table, resized to `grid`."""
         return resized_positions(self.position_table, self.config.buffer_size, self.config.learned_side, grid)
 
-    def run(self, hidden: Tensor, segments: Segments, dropout: Dropout | None, number: int) -> Tensor:
-        """Blocks and norm over packed rows [rows, dim]; `number` tells the passes of a step apart."""
+    def run(
+        self, hidden: Tensor, segments: Segments, dropout: Dropout | None, passes: tuple[int, ...]
+    ) -> Tensor:
+        """Blocks and norm over packed rows [rows, dim] of all samples, once for each of `passes`."""
+        masks = dropout.over(passes) if isinstance(dropout, DrawnDropout) else dropout
+        stream = Stream(hidden)
         for index, block in enumerate(self.blocks):
-            hidden = block(hidden, segments, self._of_block(dropout, index, number))
-        normed: Tensor = self.norm(hidden)
-        return normed
+            stream = block(stream, segments, self._of_block(masks, index, passes))
+        return stream.read(self.norm)[0]
 
-    def _of_block(self, dropout: Dropout | None, index: int, number: int) -> BlockDropout | None:
-        if dropout is None:
+    def _of_block(self, masks: Dropout | None, index: int, passes: tuple[int, ...]) -> BlockDropout | None:
+        if masks is None:
             return None
         rates = self.config.attn_dropout, self.config.proj_dropout
-        return BlockDropout(dropout, *rates, f"{self.part}_blocks.{index}", number)
+        return BlockDropout(masks, *rates, f"{self.part}_blocks.{index}", passes)
 
 
 class MarEncoder(MarStack):
@@ -78,36 +83,34 @@ class MarEncoder(MarStack):
         dim = config.encoder_embed_dim
         self.buffer_token = nn.Parameter(0.02 * torch.randn(1, dim))
         self.embed = nn.Linear(config.vae_embed_dim, dim)
+        # fp32 under autocast: it begins the residual stream
         self.input_norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
     def forward(
         self,
-        tokens: Tensor,
-        positions: Tensor,
+        latents: Tensor,
         rows: Tensor,
-        table: Tensor,
+        grid: tuple[int, int],
         segments: Segments,
-        dropout: Dropout | None,
-        number: int,
+        dropout: Dropout | None = None,
+        passes: tuple[int, ...] = (UNDERSTANDING,),
     ) -> Tensor:
-        """Encode some tokens of each sample.
+        """Encode some tokens of each image, several times over if there are several passes.
 
         Args:
-            tokens: [tokens, channels] fp32 latents, sample by sample, in raster order.
-            positions: [tokens] int64 in 0..h * w - 1.
-            rows: [samples * buffers + tokens] int64, index into [buffers; tokens]: each sample's rows.
-            table: `positions(grid)`.
-            segments: one per sample, over the placed rows.
-            dropout, number: see `run`.
+            latents: [images, h * w, channels] fp32.
+            rows: [rows] int64, index into [buffers; tokens of all images]: the rows of each segment.
+            grid: (h, w).
+            segments: of the rows, pass by pass.
+            dropout, passes: see `run`.
 
-        Returns: [rows, dim], each sample's buffers first.
+        Returns: [rows, dim], buffers of each segment first.
         """
-        buffers = self.config.buffer_size
-        embedded = self.embed(tokens.to(self.embed.weight.dtype))
-        embedded = embedded + table[buffers:].index_select(0, positions)
-        # every sample has the same buffers, so they are normalised once
-        normed = self.input_norm(torch.cat([self.buffer_token + table[:buffers], embedded]))
-        return self.run(normed.index_select(0, rows), segments, dropout, number)
+        shared, own = self.positions(grid).tensor_split((self.config.buffer_size,))
+        # buffers and tokens are the same in every segment, so they are normalised once
+        embedded = (self.embed(latents.to(self.embed.weight.dtype)) + own).flatten(0, 1)
+        normed = self.input_norm(torch.cat([self.buffer_token + shared, embedded]))
+        return self.run(normed.index_select(0, rows), segments, dropout, passes)
 
 
 class MarDecoder(MarStack):
@@ -141,18 +144,17 @@ class MarDecoder(MarStack):
         embedded = self.embed(encoded)
         canvas = self.mask_token[0].to(embedded.dtype).expand(segments.query_rows, -1)
         canvas = canvas.index_copy(0, rows, embedded)
-        canvas = canvas + self.positions(grid).repeat(samples, 1)
-        return self.run(canvas, segments, dropout, 0)
+        placed = canvas.unflatten(0, (samples, -1)) + self.positions(grid)
+        return self.run(placed.flatten(0, 1), segments, dropout, (UNDERSTANDING,))
 
     def output_positions(self, grid: tuple[int, int]) -> Tensor:
         """[h * w, dim]: what is added to the decoder's tokens to condition the diffusion head."""
         return resized_positions(self.output_table, 0, self.config.learned_side, grid)
 
 
-def encoder_rows(buffers: int, lengths: Sequence[int]) -> Tensor:
-    """[sum(buffers + length)] int64: index into [buffers; packed tokens] that places each sample's rows."""
-    shared, parts, start = torch.arange(buffers), list[Tensor](), buffers
-    for length in lengths:
-        parts += [shared, torch.arange(start, start + length)]
-        start += length
-    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+def encoder_rows(buffers: int, parts: Sequence[Tensor]) -> Tensor:
+    """[rows] int64, index into [buffers; tokens]: the buffers before each of `parts`, indices of tokens."""
+    device = parts[0].device if parts else None
+    shared = torch.arange(buffers, device=device)
+    rows = [piece for part in parts for piece in (shared, part + buffers)]
+    return torch.cat(rows) if rows else shared[:0]

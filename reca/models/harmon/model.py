@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from reca.kernels import Impl, diffusion_loss, diffusion_noise, masked_token_loss
+from reca.kernels import Impl, diffusion_loss, diffusion_noise, embedding_projection, masked_token_loss
+from reca.layers.implementation import activation_dtype
 from reca.layers.norm import RMSNorm
 from reca.layers.rotary import rotary_table
+from reca.layers.stream import Stream
 from reca.models.harmon.batch import (
+    Encoding,
     GenerationBatch,
     GenerationDraws,
     Images,
@@ -20,7 +22,6 @@ from reca.models.harmon.batch import (
     ImageToTextDraws,
     ReconstructionBatch,
     Sequences,
-    Understanding,
 )
 from reca.models.harmon.config import HarmonConfig
 from reca.models.harmon.diffusion import NUM_STEPS, Schedule
@@ -34,22 +35,23 @@ from reca.profiling import span
 from reca.randomness import RandomSource
 from reca.types import LossTerms
 
-UNDERSTANDING_PASS, VISIBLE_PASS = 0, 1
-
 
 class ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a factor."""
+    """The identity, whose gradient is multiplied by a factor in its first rows."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, factor: float) -> Tensor:
+    def forward(ctx: Any, values: Tensor, factor: float, rows: int) -> Tensor:
         """Pass `values` through."""
-        ctx.factor = factor
+        ctx.factor, ctx.rows = factor, rows
         return values.view_as(values)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         """Scale the gradient."""
-        return ctx.factor * gradient, None
+        scaled = ctx.factor * gradient[: ctx.rows]
+        if ctx.rows < gradient.shape[0]:
+            scaled = torch.cat([scaled, gradient[ctx.rows :]])
+        return scaled, None, None
 
 
 class Bridge(nn.Module):
@@ -57,13 +59,17 @@ class Bridge(nn.Module):
 
     def __init__(self, dim: int, hidden: int, out: int) -> None:
         super().__init__()
+        self.kernels: Impl = "auto"
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply both to the last axis."""
-        out: Tensor = self.fc2(F.silu(self.fc1(x)))
-        return out
+        """Apply both to rows [rows, dim]."""
+        # Autocast does not reach into the operator: all operands come in the dtype of the activations.
+        dtype = activation_dtype(self.fc1.weight)
+        layers = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        operands = (operand.to(dtype) for operand in (x, *layers))
+        return embedding_projection(*operands, activation="silu", impl=self.kernels)
 
 
 class HarmonModel(nn.Module):
@@ -102,7 +108,7 @@ class HarmonModel(nn.Module):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def blocks(self) -> Sequence[nn.Module]:
-        """What is sharded, recomputed and compiled; the encoder's blocks run twice in a step."""
+        """What is sharded, recomputed and compiled."""
         return [*self.encoder.blocks, *self.layers, *self.decoder.blocks, *self.diffusion_head.blocks]
 
     def decoder_layers(self) -> Sequence[QwenLayer]:
@@ -126,17 +132,17 @@ class HarmonModel(nn.Module):
         order = random.uniform("order", ids, batch.images.tokens).argsort(dim=1, stable=True)
         levels, channels = mar.diffusion_batch_mul, mar.vae_embed_dim
         rows = [levels * masked for masked in batch.num_masked]
-        time = [
-            random.uniform("time", ids[i : i + 1], count)[0].mul(NUM_STEPS).long().clamp(max=NUM_STEPS - 1)
-            for i, count in enumerate(rows)
-        ]
-        noise = random.normal_rows("noise", ids, rows, channels).split(rows)
+        # One draw of the longest each: shorter samples take a prefix, which is what they would draw alone.
+        uniform = random.uniform("time", ids, max(rows))
+        time = uniform.mul(NUM_STEPS).long().clamp(max=NUM_STEPS - 1)
+        noise = random.normal("noise", ids, max(rows) * channels).view(len(rows), -1, channels)
+        noises = [noise[i, :n].view(levels, -1, channels) for i, n in enumerate(rows)]
         return generation_draws(
             self.config,
             batch,
             order,
-            torch.cat([part.view(levels, -1) for part in time], dim=1).flatten(),
-            torch.cat([part.view(levels, -1, channels) for part in noise], dim=1).flatten(0, 1),
+            torch.cat([time[i, :n].view(levels, -1) for i, n in enumerate(rows)], dim=1).flatten(),
+            torch.cat(noises, dim=1).flatten(0, 1),
             dropout,
         )
 
@@ -170,66 +176,55 @@ class HarmonModel(nn.Module):
             return images.values if images.kind == "latents" else self.vae.encode(images.values)
 
     def understand(
-        self, latents: Tensor, rows: Understanding, table: Tensor, dropout: Dropout | None
-    ) -> Tensor:
-        """[images * (buffers + h * w), dim]: embeddings, buffers first; their gradient is scaled."""
+        self,
+        latents: Tensor,
+        rows: Tensor,
+        grid: tuple[int, int],
+        encoding: Encoding,
+        dropout: Dropout | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Encode `rows` of [buffers; tokens of all images], in one run whatever they are for.
+
+        Returns: encoded rows [rows, width], and [rows, dim], what the language model is shown of them; where
+            an image is understood, the gradient of the latter is scaled.
+        """
         with span("understand"):
-            encoded = self.encoder(
-                latents.flatten(0, 1),
-                rows.positions,
-                rows.rows,
-                table,
-                rows.segments,
-                dropout,
-                UNDERSTANDING_PASS,
-            )
-            scaled: Tensor = ScaleGradient.apply(self.proj_in(encoded), self.config.grad_scale)  # type: ignore[no-untyped-call]
-            return scaled
+            encoded = self.encoder(latents, rows, grid, encoding.segments, dropout, encoding.passes)
+            shown = self.proj_in(encoded)
+            if len(encoding.whole):
+                shown = ScaleGradient.apply(shown, self.config.grad_scale, len(encoding.whole))  # type: ignore[no-untyped-call]
+            return encoded, shown
 
     def condition(self, batch: GenerationBatch, latents: Tensor, draws: GenerationDraws) -> Tensor:
         """[masked tokens, width]: what the diffusion head is told about each masked token."""
-        grid = batch.images.grid
-        table = self.encoder.positions(grid)
-        seen = self._understanding(batch.understanding, latents, table, draws.dropout)
+        grid, encoding = batch.images.grid, batch.encoding
+        encoded, shown = self.understand(latents, draws.encoder_rows, grid, encoding, draws.dropout)
         with span("predict"):
-            visible = self.encoder(
-                latents.flatten(0, 1).index_select(0, draws.visible),
-                draws.visible_positions,
-                batch.visible,
-                table,
-                batch.visible_segments,
-                draws.dropout,
-                VISIBLE_PASS,
-            )
-            hidden = self.run_llm(batch.sequences, [*seen, self.proj_in(visible)])
+            hidden = self.run_llm(batch.sequences, shown)
+            visible = encoded[len(encoding.whole) :]
             visible = visible + self.proj_out(hidden).index_select(0, batch.from_llm)
             canvas = self.decoder(visible, draws.canvas_rows, grid, batch.canvas_segments, draws.dropout)
-            tokens = canvas.unflatten(0, (batch.num_images, -1))[:, self.config.mar.buffer_size :]
-            chosen = tokens.flatten(0, 1).index_select(0, draws.masked)
+            chosen = canvas.index_select(0, draws.masked_rows)
             return chosen + self.decoder.output_positions(grid).index_select(0, draws.masked_positions)
 
-    def _understanding(
-        self, rows: Understanding | None, latents: Tensor, table: Tensor, dropout: Dropout | None
-    ) -> list[Tensor]:
-        return [] if rows is None else [self.understand(latents, rows, table, dropout)]
-
-    def run_llm(self, sequences: Sequences, images: Sequence[Tensor]) -> Tensor:
+    def run_llm(self, sequences: Sequences, images: Tensor) -> Tensor:
         """[read rows, dim]: normed hidden states; `images` are embeddings of understanding and generation."""
         llm = self.config.llm
-        text = self.embed_tokens(sequences.token_ids).to(images[-1].dtype)
-        hidden = torch.cat([text, *images]).index_select(0, sequences.rows)
+        text = self.embed_tokens(sequences.token_ids).to(images.dtype)
+        hidden = torch.cat([text, images]).index_select(0, sequences.rows)
         rotation = rotary_table(sequences.positions, llm.head_dim, llm.rope_theta, hidden.dtype)
         last = len(self.layers) - 1
+        stream = Stream(hidden)
         for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, rotation, sequences.segments, sequences.readout if index == last else None)
-        normed: Tensor = self.norm(hidden)
+            stream = layer(stream, rotation, sequences.segments, sequences.readout if index == last else None)
+        normed: Tensor = self.norm(stream.rows)
         return normed
 
     def caption_loss(self, batch: ImageToTextBatch, latents: Tensor, draws: ImageToTextDraws) -> Tensor:
         """Scalar fp32: cross entropy of the labelled tokens, summed."""
-        table = self.encoder.positions(batch.images.grid)
-        seen = self.understand(latents, batch.understanding, table, draws.dropout)
-        hidden = self.run_llm(batch.sequences, [seen])
+        grid, encoding = batch.images.grid, batch.encoding
+        _, seen = self.understand(latents, encoding.whole, grid, encoding, draws.dropout)
+        hidden = self.run_llm(batch.sequences, seen)
         with span("loss"):
             weight = self.embed_tokens.weight.to(seen.dtype)
             return masked_token_loss(hidden.to(seen.dtype), weight, batch.labels, impl=self.kernels)
@@ -253,24 +248,27 @@ def generation_draws(
     rank = order.argsort(dim=1)  # place of each position in the order
     is_masked = rank < batch.masked_counts[:, None]
     raster = is_masked.to(torch.int8).argsort(dim=1, stable=True)  # visible, then masked positions
-    pieces = [
-        row.split([visible, masked])
-        for row, visible, masked in zip(raster.unbind(0), batch.num_visible, batch.num_masked, strict=True)
-    ]
-    shared = torch.arange(buffers, device=device)
-    canvas = [
-        i * (buffers + tokens) + torch.cat([shared, visible + buffers])
-        for i, (visible, _) in enumerate(pieces)
-    ]
+    image = torch.arange(order.shape[0], device=device)[:, None]
+    shared = torch.arange(buffers, device=device).expand(order.shape[0], buffers)
+    among_all = raster + image * tokens  # [images, tokens]
+    encoded = torch.cat([shared, among_all + buffers], dim=1)  # [images, buffers + tokens]
+    canvas = torch.cat([shared, raster + buffers], dim=1) + image * (buffers + tokens)
+
+    def visible(rows: Tensor) -> list[Tensor]:
+        return [row[: buffers + count] for row, count in zip(rows, batch.num_visible, strict=True)]
+
+    def masked(rows: Tensor) -> Tensor:
+        return torch.cat([row[len(row) - count :] for row, count in zip(rows, batch.num_masked, strict=True)])
+
     counted = torch.full((), noise.shape[0], dtype=torch.float32, device=device)
     name = "reconstruction" if isinstance(batch, ReconstructionBatch) else "text_to_image"
     return GenerationDraws(
         counts={name: counted},
-        visible=torch.cat([i * tokens + visible for i, (visible, _) in enumerate(pieces)]),
-        masked=torch.cat([i * tokens + masked for i, (_, masked) in enumerate(pieces)]),
-        visible_positions=torch.cat([visible for visible, _ in pieces]),
-        masked_positions=torch.cat([masked for _, masked in pieces]),
-        canvas_rows=torch.cat(canvas),
+        encoder_rows=torch.cat([batch.encoding.whole, *visible(encoded)]),
+        canvas_rows=torch.cat(visible(canvas)),
+        masked=masked(among_all),
+        masked_positions=masked(raster),
+        masked_rows=masked(canvas),
         time=time,
         noise=noise,
         dropout=dropout,

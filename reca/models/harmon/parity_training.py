@@ -26,7 +26,6 @@ from reca.models.harmon.batch import (
     ImageToTextBatch,
     ImageToTextDraws,
     ImageToTextExample,
-    Understanding,
     collate_generation,
     collate_image_to_text,
 )
@@ -165,14 +164,16 @@ def reproduce_generation(pack: Pack) -> Reproduction:
         is_masked = torch.zeros(samples * tokens).index_fill(0, draws.masked, 1).view(samples, tokens)
         tensors = {
             "loss": loss,
-            "encoder_out_masked": calls["encoder"][-1][1].unflatten(0, (samples, -1)),
+            "encoder_out_masked": calls["encoder"][0][1][len(batch.encoding.whole) :].unflatten(
+                0, (samples, -1)
+            ),
             "encoder_pos_embed": model.encoder.positions(grid)[None],
             "decoder_out": canvas,
             "x_enc": calls["decoder"][0][0][0].unflatten(0, (samples, -1)),
             "mask": is_masked,
             "num_masked": torch.tensor(batch.num_masked[0]),
             "z": z,
-            **_understanding(batch.understanding, model, calls),
+            **_understanding(batch, model, calls),
             **_sequences(batch, model, calls),
             **_all_rows(
                 model.diffusion_head,
@@ -199,7 +200,7 @@ def reproduce_image_to_text(pack: Pack) -> Reproduction:
             {
                 "loss": loss,
                 "logits": logits,
-                **_understanding(batch.understanding, model, calls),
+                **_understanding(batch, model, calls),
                 **_sequences(batch, model, calls),
                 **gradients(model),
             }
@@ -207,14 +208,17 @@ def reproduce_image_to_text(pack: Pack) -> Reproduction:
 
 
 def _understanding(
-    rows: Understanding | None, model: HarmonModel, calls: Mapping[str, list[tuple[Any, Any]]]
+    batch: GenerationBatch | ImageToTextBatch,
+    model: HarmonModel,
+    calls: Mapping[str, list[tuple[Any, Any]]],
 ) -> dict[str, Tensor]:
-    """The encoder's pass over whole images; officially its embeddings have the buffers last."""
-    if rows is None:
+    """The encoder's rows of whole images; officially their embeddings have the buffers last."""
+    whole, buffers = len(batch.encoding.whole), model.config.mar.buffer_size
+    if not whole:
         return {}
-    samples, buffers = len(rows.segments.query_lengths), model.config.mar.buffer_size
-    encoded = calls["encoder"][0][1].unflatten(0, (samples, -1))
-    embedded = calls["proj_in"][0][1].unflatten(0, (samples, -1))
+    encoded, embedded = (
+        calls[name][0][1][:whole].unflatten(0, (batch.num_images, -1)) for name in ("encoder", "proj_in")
+    )
     return {"encoder_out_full": encoded, "z_enc": embedded.roll(-buffers, dims=1)}
 
 
@@ -244,12 +248,13 @@ def _sequences(
 
     last = len(model.layers) - 1
     (arguments, _) = calls[f"layer.{last}"][0]
-    outputs = [calls[f"layer.{i}"][0][1] for i in range(last)]
-    outputs.append(model.layers[last](*arguments[:3]))  # again, for the rows that training leaves out
+    streams = [calls[f"layer.{i}"][0][1] for i in range(last)]
+    streams.append(model.layers[last](*arguments[:3]))  # again, for the rows that training leaves out
+    outputs = [stream.rows for stream in streams]
     return {
         "llm_attention_mask": mask.to(torch.uint8),
         "llm_position_ids": padded(sequences.positions).cummax(dim=1).values,
-        "llm_inputs_embeds": padded(calls["layer.0"][0][0][0]),
+        "llm_inputs_embeds": padded(calls["layer.0"][0][0][0].rows),
         **{f"llm_hidden.{i}": padded(output) for i, output in enumerate(outputs)},
         "llm_last_hidden": padded(model.norm(outputs[-1])),
     }

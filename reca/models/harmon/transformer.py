@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reca.kernels import Impl, qk_norm_rope
+from reca.kernels import Impl, bias_gelu, gelu_mlp, qk_norm_rope
 from reca.layers.attention import Segments, attention
+from reca.layers.implementation import activation_dtype
 from reca.layers.mlp import SwiGLU
-from reca.layers.norm import RMSNorm
+from reca.layers.norm import LayerNorm, RMSNorm
+from reca.layers.stream import Stream
 from reca.models.harmon.config import LLMConfig
 from reca.models.harmon.dropout import BlockDropout
 from reca.types import TensorStruct
@@ -32,29 +34,33 @@ class MarBlock(nn.Module):
         self.head_dim = dim // num_heads
         self.attention_backend = "auto"
         self.kernels: Impl = "auto"
-        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm1 = LayerNorm(dim, eps=NORM_EPS)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm2 = LayerNorm(dim, eps=NORM_EPS)
         self.fc1 = nn.Linear(dim, mlp_ratio * dim)
         self.fc2 = nn.Linear(mlp_ratio * dim, dim)
 
-    def forward(self, hidden: Tensor, segments: Segments, dropout: BlockDropout | None) -> Tensor:
+    def forward(self, stream: Stream, segments: Segments, dropout: BlockDropout | None) -> Stream:
         """Advance packed rows [rows, dim]; `dropout` is None outside of training."""
-        heads = self.qkv(self.norm1(hidden)).unflatten(-1, (3, -1, self.head_dim))
+        normed, hidden = stream.read(self.norm1)
+        heads = self.qkv(normed).unflatten(-1, (3, -1, self.head_dim))
         if dropout is not None and dropout.attention:
             attended = dropout.attend(heads, segments, self.kernels)
         else:
             query, key, value = heads.unbind(1)
             attended = attention(query, key, value, segments, backend=self.attention_backend)
         projected = self.proj(attended.flatten(1))
+        dtype, fc1, fc2 = activation_dtype(self.fc1.weight), self.fc1, self.fc2
         if dropout is None or not dropout.projection:
-            hidden = hidden + projected
-            return hidden + self.fc2(F.gelu(self.fc1(self.norm2(hidden))))
-        hidden = dropout.add(hidden, projected, "attn.proj_drop", segments, self.kernels)
-        inner = F.gelu(self.fc1(self.norm2(hidden)))
+            normed, hidden = Stream(hidden, projected).read(self.norm2)
+            weights = (tensor.to(dtype) for tensor in (fc1.weight, fc1.bias, fc2.weight, fc2.bias))
+            return Stream(hidden, gelu_mlp(normed, *weights, impl=self.kernels))
+        projected = dropout.rows(projected, "attn.proj_drop", segments, self.kernels)
+        normed, hidden = Stream(hidden, projected).read(self.norm2)
+        inner = bias_gelu(F.linear(normed, fc1.weight), fc1.bias.to(dtype), impl=self.kernels)
         inner = dropout.rows(inner, "mlp.drop1", segments, self.kernels)
-        return dropout.add(hidden, self.fc2(inner), "mlp.drop2", segments, self.kernels)
+        return Stream(hidden, dropout.rows(fc2(inner), "mlp.drop2", segments, self.kernels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +99,11 @@ class QwenLayer(nn.Module):
 
     def forward(
         self,
-        hidden: Tensor,
+        stream: Stream,
         rotation: tuple[Tensor, Tensor],
         segments: Segments,
         readout: Readout | None = None,
-    ) -> Tensor:
+    ) -> Stream:
         """Advance packed rows [rows, dim]; with a readout only the rows it names, [m, dim].
 
         Args:
@@ -105,9 +111,9 @@ class QwenLayer(nn.Module):
             segments: causal, one per sample.
         """
         if readout is None:
-            query, key, value = self.project(hidden, rotation)
+            query, key, value, hidden = self.project(stream, rotation)
             return self.finish(hidden, attention(query, key, value, segments, backend=self.attention_backend))
-        normed, width = self.input_norm(hidden), self.heads[0] * self.head_dim
+        (normed, hidden), width = stream.read(self.input_norm), self.heads[0] * self.head_dim
         weight, bias, (heads, kv_heads, _) = self.qkv.weight, self.qkv.bias, self.heads
         query = F.linear(normed.index_select(0, readout.queries), weight[:width], bias[:width])
         turn = rotation[0].index_select(0, readout.queries), rotation[1].index_select(0, readout.queries)
@@ -119,15 +125,17 @@ class QwenLayer(nn.Module):
             attended, rows = attended.index_select(0, readout.rows), rows.index_select(0, readout.rows)
         return self.finish(hidden.index_select(0, rows), attended)
 
-    def project(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """[rows, dim] -> query [rows, heads, head_dim], key, value [rows, kv_heads, head_dim], rotated."""
-        return self._turn(self.qkv(self.input_norm(hidden)), rotation, *self.heads[:2])
+    def project(
+        self, stream: Stream, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query [rows, heads, head_dim], key, value [rows, kv_heads, head_dim]; the rows of the stream."""
+        normed, hidden = stream.read(self.input_norm)
+        return *self._turn(self.qkv(normed), rotation, *self.heads[:2]), hidden
 
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor, attended: Tensor) -> Stream:
         """Residual stream after attention output [rows, heads, head_dim] and MLP."""
         normed, hidden = self.post_norm.add(self.o(attended.flatten(1)), hidden)
-        output: Tensor = hidden + self.mlp(normed)
-        return output
+        return Stream(hidden, self.mlp(normed))
 
     def _turn(
         self, projected: Tensor, rotation: tuple[Tensor, Tensor], heads: int, kv_heads: int

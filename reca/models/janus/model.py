@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reca.kernels import Impl, masked_token_loss
+from reca.layers.mlp import MLP
 from reca.layers.norm import RMSNorm
 from reca.layers.rotary import rotary_table
+from reca.layers.stream import Stream
 from reca.models.janus.batch import GenerationBatch, ImageToTextBatch, JanusBatch
 from reca.models.janus.config import JanusConfig
 from reca.models.janus.flops import minimum_flops
 from reca.models.janus.transformer import DecoderLayer, Layout
-from reca.models.janus.vision import GeluMLP, VisionEncoder
+from reca.models.janus.vision import VisionEncoder
 from reca.models.janus.vq import VQModel
 from reca.profiling import span
 from reca.randomness import RandomSource
@@ -56,7 +58,7 @@ class JanusModel(nn.Module):
         self.config = config
         self.kernels: Impl = "auto"
         self.vision = VisionEncoder(config.vision)
-        self.aligner = GeluMLP(config.vision.hidden_size, dim, dim)
+        self.aligner = MLP(config.vision.hidden_size, dim, dim, approximate="none")
         self.vq = VQModel(config.vq)
         self.embed_tokens = nn.Embedding(text.vocab_size, dim)
         self.layers = nn.ModuleList(
@@ -66,7 +68,7 @@ class JanusModel(nn.Module):
         self.norm = RMSNorm(dim, text.rms_norm_eps)
         self.lm_head = nn.Linear(dim, text.vocab_size, bias=False)
         self.generation_embeddings = nn.Embedding(config.vq.num_embeddings, config.vq.embed_dim)
-        self.generation_aligner = GeluMLP(config.vq.embed_dim, dim, dim)
+        self.generation_aligner = MLP(config.vq.embed_dim, dim, dim, approximate="none")
         self.generation_head = GenerationHead(dim, config.vq.num_embeddings)
         self.aligner.requires_grad_(config.train_aligner)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
@@ -96,17 +98,17 @@ class JanusModel(nn.Module):
         codes = self.target_codes(batch)
         hidden = self.embed(batch, codes)
         with span("predict"):
-            hidden = self.transform(hidden, batch.layout)
+            stream = self.transform(hidden, batch.layout)
         with span("loss"):
             dtype = self.activation_dtype
             if isinstance(batch, ImageToTextBatch):
-                hidden = self.norm(hidden.index_select(0, batch.predicting)).to(dtype)
+                hidden = self.norm(stream.rows.index_select(0, batch.predicting)).to(dtype)
                 loss = masked_token_loss(
                     hidden, self.lm_head.weight.to(dtype), batch.labels, impl=self.kernels
                 )
             else:
                 hidden, last = (
-                    self.generation_head.project(self.norm(hidden)),
+                    self.generation_head.project(self.norm(stream.rows)),
                     self.generation_head.vision_head,
                 )
                 weight, bias = last.weight.to(dtype), last.bias.to(dtype)
@@ -145,10 +147,11 @@ class JanusModel(nn.Module):
         embedded: Tensor = self.generation_aligner(self.generation_embeddings(codes))
         return embedded
 
-    def transform(self, hidden: Tensor, layout: Layout) -> Tensor:
+    def transform(self, hidden: Tensor, layout: Layout) -> Stream:
         """All layers: [rows, dim] -> [tail rows, dim], before the last norm."""
         text = self.config.text
         rotation = rotary_table(layout.positions, text.head_dim, text.rope_theta, hidden.dtype)
+        stream = Stream(hidden)
         for layer in self.layers:
-            hidden = layer(hidden, layout, rotation)
-        return hidden
+            stream = layer(stream, layout, rotation)
+        return stream

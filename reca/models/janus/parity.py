@@ -130,8 +130,9 @@ def complete_rows(model: JanusModel, hidden: Tensor, layout: Layout) -> dict[str
     whole = replace(layout, **_all_tails(layout))
     watched = {f"llm.layer{index}": layer for index, layer in enumerate(model.layers)}
     with torch.no_grad(), record(watched) as outputs:
-        outputs["llm.final_norm"] = model.norm(model.transform(hidden, whole))
-    return outputs
+        model.transform(hidden, whole)
+        rows = {name: stream.rows for name, stream in outputs.items()}
+        return rows | {"llm.final_norm": model.norm(rows[f"llm.layer{len(model.layers) - 1}"])}
 
 
 def _all_tails(layout: Layout) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from reca.images import to_image, to_tensor
 from reca.layers.attention import Segments, attention
 from reca.layers.implementation import common_arithmetic
 from reca.layers.rotary import rotary_table
+from reca.layers.stream import Stream
 from reca.models.family import SampleOptions, Variant
 from reca.models.janus.batch import hide
 from reca.models.janus.model import JanusModel
@@ -74,15 +75,16 @@ class Continuation:
             positions, model.config.text.head_dim, model.config.text.rope_theta, rows.dtype
         )
         segments = Segments.of([stop - start] * passes, [stop] * passes, is_causal=True).to(device)
+        stream = Stream(rows)
         for index, layer in enumerate(model.blocks()):
-            query, key, value = layer.project(rows, rotation)
+            query, key, value, rows = layer.project(stream, rotation)
             for cache, new in ((self._keys[index], key), (self._values[index], value)):
                 cache[:, start:stop] = new.unflatten(0, (passes, -1))
             key, value = (cache[index, :, :stop].flatten(0, 1) for cache in (self._keys, self._values))
             attended = attention(query.to(value.dtype), key, value, segments, backend=layer.attention_backend)
-            rows = layer.finish(rows, attended)
+            stream = layer.finish(rows, attended)
         self.length = stop
-        output: Tensor = model.norm(rows.unflatten(0, (passes, -1))[:, -1])
+        output: Tensor = model.norm(stream.rows.unflatten(0, (passes, -1))[:, -1])
         return output
 
 

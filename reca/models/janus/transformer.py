@@ -15,6 +15,7 @@ from reca.kernels import Impl, qk_norm_rope
 from reca.layers.attention import Segments, attention
 from reca.layers.mlp import SwiGLU
 from reca.layers.norm import RMSNorm
+from reca.layers.stream import Stream
 from reca.models.janus.config import TextConfig
 from reca.types import TensorStruct
 
@@ -78,21 +79,22 @@ class DecoderLayer(nn.Module):
         self.post_norm = RMSNorm(dim, eps)
         self.mlp = SwiGLU(dim, config.intermediate_size)
 
-    def forward(self, hidden: Tensor, layout: Layout, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, stream: Stream, layout: Layout, rotation: tuple[Tensor, Tensor]) -> Stream:
         """Advance the residual stream.
 
         Args:
-            hidden: [rows, dim].
+            stream: of [rows, dim].
             layout: of these rows.
             rotation: cosines and sines of `layout.positions`.
 
         Returns: [rows, dim]; [tail rows, dim] from the last layer.
         """
         if not self.is_last:
-            query, key, value = self.project(hidden, rotation)
+            query, key, value, hidden = self.project(stream, rotation)
             attended = attention(query, key, value, layout.samples, backend=self.attention_backend)
             return self.finish(hidden, attended)
-        normed, dim, tails = self.input_norm(hidden), hidden.shape[-1], layout.tail_rows
+        normed, hidden = stream.read(self.input_norm)
+        dim, tails = hidden.shape[-1], layout.tail_rows
         _, key, value = self._turn(F.linear(normed, self.qkv.weight[dim:]), rotation, 0, self.heads)
         query = F.linear(normed.index_select(0, tails), self.qkv.weight[:dim])
         turn = rotation[0].index_select(0, tails), rotation[1].index_select(0, tails)
@@ -100,15 +102,17 @@ class DecoderLayer(nn.Module):
         attended = attention(query, key, value, layout.ends, backend=self.attention_backend)
         return self.finish(hidden.index_select(0, tails), attended)
 
-    def project(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """[rows, dim] -> query, key, value, each [rows, heads, head_dim]; the first two are rotated."""
-        return self._turn(self.qkv(self.input_norm(hidden)), rotation, self.heads, self.heads)
+    def project(
+        self, stream: Stream, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Query, key, value, each [rows, heads, head_dim], the first two rotated; and the stream's rows."""
+        normed, hidden = stream.read(self.input_norm)
+        return *self._turn(self.qkv(normed), rotation, self.heads, self.heads), hidden
 
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor, attended: Tensor) -> Stream:
         """Residual stream after attention output [rows, heads, head_dim] and the gated block."""
         normed, hidden = self.post_norm.add(self.o(attended.flatten(1)), hidden)
-        output: Tensor = hidden + self.mlp(normed)
-        return output
+        return Stream(hidden, self.mlp(normed))
 
     def _turn(
         self, projected: Tensor, rotation: tuple[Tensor, Tensor], heads: int, kv_heads: int

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from reca.layers.attention import Segments, attention
+from reca.layers.mlp import MLP
+from reca.layers.norm import LayerNorm
+from reca.layers.stream import Stream
 from reca.models.janus.config import VisionConfig
-
-
-class GeluMLP(nn.Module):
-    """fc2(gelu(fc1(x))) with the exact GELU.
-
-    Shape: [..., dim] -> [..., out].
-    """
-
-    def __init__(self, dim: int, hidden: int, out: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply both layers to the last axis of `x`."""
-        output: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return output
 
 
 class VisionLayer(nn.Module):
@@ -35,19 +20,19 @@ class VisionLayer(nn.Module):
         dim = config.hidden_size
         self.head_dim = config.head_dim
         self.attention_backend = "auto"
-        self.norm1 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.norm1 = LayerNorm(dim, eps=config.layer_norm_eps)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
-        self.mlp = GeluMLP(dim, config.intermediate_size, dim)
+        self.norm2 = LayerNorm(dim, eps=config.layer_norm_eps)
+        self.mlp = MLP(dim, config.intermediate_size, approximate="none")
 
-    def forward(self, hidden: Tensor, images: Segments) -> Tensor:
-        """[patches, dim] -> [patches, dim]."""
-        query, key, value = self.qkv(self.norm1(hidden)).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+    def forward(self, stream: Stream, images: Segments) -> Stream:
+        """Advance [patches, dim]."""
+        normed, hidden = stream.read(self.norm1)
+        query, key, value = self.qkv(normed).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
         attended = attention(query, key, value, images, backend=self.attention_backend)
-        hidden = hidden + self.out(attended.flatten(1))
-        output: Tensor = hidden + self.mlp(self.norm2(hidden))
-        return output
+        normed, hidden = Stream(hidden, self.out(attended.flatten(1))).read(self.norm2)
+        return Stream(hidden, self.mlp(normed))
 
 
 class VisionEncoder(nn.Module):
@@ -59,7 +44,7 @@ class VisionEncoder(nn.Module):
         self.patch_embedding = nn.Conv2d(3, dim, config.patch_size, stride=config.patch_size)
         self.position_embedding = nn.Embedding(config.num_tokens, dim)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))
-        self.post_norm = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.post_norm = LayerNorm(dim, eps=config.layer_norm_eps)
         self.requires_grad_(False)
 
     @torch.no_grad()
@@ -75,7 +60,7 @@ class VisionEncoder(nn.Module):
         weight = self.patch_embedding.weight
         hidden = self.patch_embedding(pixels.to(weight.dtype)).flatten(2).transpose(1, 2)
         hidden = (hidden + self.position_embedding.weight.to(hidden.dtype)).flatten(0, 1)
+        stream = Stream(hidden)
         for layer in self.layers:
-            hidden = layer(hidden, images)
-        output: Tensor = self.post_norm(hidden)
-        return output
+            stream = layer(stream, images)
+        return stream.read(self.post_norm)[0]

@@ -72,14 +72,14 @@ class MiniatureModel(nn.Module):
         if isinstance(batch, LanguageBatch):
             return MiniatureDraws(counts={term: (batch.labels != IGNORED).sum()})
         if isinstance(batch, EncoderBatch):
-            return MiniatureDraws(counts={term: ids.new_tensor(batch.codes.numel())})
+            return MiniatureDraws(counts={term: ids.new_full((), batch.codes.numel())})
         assert isinstance(batch, GenerationBatch)
         uniform = random.uniform(f"{term}/generation", ids, 2 + NUM_CELLS)
         is_given = uniform[:, 0] >= batch.dropout
         if isinstance(self.generator, FlowGenerator):
             noise = random.normal(f"{term}/noise", ids, NUM_CELLS * self.config.latent_dim)
             return MiniatureDraws(
-                counts={term: ids.new_tensor(batch.codes.numel())},
+                counts={term: ids.new_full((), batch.codes.numel())},
                 is_given=is_given,
                 noise=noise.view(len(ids), NUM_CELLS, -1),
                 time=shifted_time(uniform[:, 1], self.timestep_shift),

@@ -76,7 +76,7 @@ def _language_model(config: OpenUniConfig, batch: OpenUniBatch) -> dict[str, int
     dim, layers, queries = llm.hidden_size, llm.num_hidden_layers, config.num_queries
     key_value = 2 * dim * llm.num_key_value_heads * llm.head_dim
     matrices = 2 * dim * dim + key_value + 3 * dim * llm.intermediate_size
-    lengths = layout.prompts.query_lengths
+    lengths = layout.lengths
     prompt_pairs = sum(rows * (rows + 1) // 2 for rows in lengths)
     query_pairs = sum(rows * queries + queries * (queries + 1) // 2 for rows in lengths)
     rows, query_rows = sum(lengths), queries * len(lengths)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from reca.layers.norm import RMSNorm
 from reca.layers.rotary import rotary_table
+from reca.layers.stream import Stream
 from reca.models.openuni.batch import OpenUniBatch, OpenUniDraws, Prompts, TextToImageBatch
 from reca.models.openuni.config import OpenUniConfig
 from reca.models.openuni.flops import minimum_flops
@@ -137,10 +138,10 @@ class OpenUniModel(nn.Module):
             for positions in (layout.prompt_positions, layout.query_positions)
         )
         # under autocast the trained queries are fp32 beside frozen activations in bf16
-        queries = self.meta_queries.repeat(layout.num_samples, 1).to(rows.dtype)
+        prompt, query = Stream(rows), Stream(self.meta_queries.to(rows.dtype).repeat(layout.num_samples, 1))
         for layer in self.layers:
-            rows, queries = layer(rows, queries, layout, (prompt_rotation, query_rotation))
-        states: Tensor = self.norm(queries)
+            prompt, query = layer(prompt, query, layout, (prompt_rotation, query_rotation))
+        states: Tensor = self.norm(query.rows)
         return states
 
     @torch.no_grad()

@@ -118,4 +118,4 @@ def _text(model: OpenUniModel, prompts: Prompts, embeddings: Tensor) -> list[Ten
     with record(watched) as (_, outputs):
         model.query_states(prompts, embeddings)
     last.is_last = True  # type: ignore[assignment]
-    return [outputs[name][0] for name in watched]
+    return [outputs[name][0].rows for name in watched]

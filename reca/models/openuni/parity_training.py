@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reca.layers.implementation import set_kernels
+from reca.layers.stream import Stream
 from reca.models.checkpoint import Slot, load_slots
 from reca.models.family import Pack, Reproduction
 from reca.models.openuni.batch import (
@@ -108,8 +109,8 @@ def reproduce_training(pack: Pack) -> Reproduction:
         noisy = interpolate(clean.flatten(1), draws.noise.flatten(1), draws.time).view_as(clean)
         num_samples = batch.num_images
         by_sample = {
-            name: outputs[name].unflatten(0, (num_samples, -1))
-            for name in outputs
+            name: (rows.rows if isinstance(rows, Stream) else rows).unflatten(0, (num_samples, -1))
+            for name, rows in outputs.items()
             if name.startswith("connector.") or name in ("query_hidden", "prompt_embeds")
         }
         return Reproduction(
@@ -177,17 +178,23 @@ def _streams(
     outputs = {**outputs, f"layer{last}": layer(*inputs[f"layer{last}"])}
     layer.is_last = True
     mask = F.pad(pack.inputs["attention_mask"], (0, model.config.num_queries), value=1)
-    final = tuple(model.norm(stream) for stream in outputs[f"layer{last}"])
-    embedded = padded(layout.join(*inputs["layer0"][:2]), mask)
+    joined = [_join(layout, *(stream.rows for stream in outputs[f"layer{i}"])) for i in range(last + 1)]
+    embedded = padded(_join(layout, *(stream.rows for stream in inputs["layer0"][:2])), mask)
     pads = F.pad(model.embed_tokens(pack.inputs["input_ids"]), (0, 0, 0, model.config.num_queries))
     return {
-        **{f"llm.layer{i}": padded(layout.join(*outputs[f"layer{i}"]), mask) for i in range(last + 1)},
-        "llm.final_norm": padded(layout.join(*final), mask),
+        **{f"llm.layer{i}": padded(rows, mask) for i, rows in enumerate(joined)},
+        "llm.final_norm": padded(model.norm(joined[-1]), mask),
         "inputs_embeds": torch.where(mask.bool()[..., None], embedded, pads),
-        "position_ids": padded(layout.join(layout.prompt_positions, layout.query_positions), mask)
+        "position_ids": padded(_join(layout, layout.prompt_positions, layout.query_positions), mask)
         + _pad_positions(mask),
         "full_attention_mask": mask,
     }
+
+
+def _join(layout: Layout, prompts: Tensor, queries: Tensor) -> Tensor:
+    """[prompt rows, ...], [query rows, ...] -> both, sample by sample."""
+    places = torch.cat([layout.prompt_places, layout.query_places])
+    return torch.cat([prompts, queries])[places.argsort()]
 
 
 def padded(rows: Tensor, mask: Tensor) -> Tensor:

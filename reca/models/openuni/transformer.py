@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from reca.kernels import Impl, qk_norm_rope
 from reca.layers.attention import Segments, attention
 from reca.layers.mlp import MLP, SwiGLU
-from reca.layers.norm import RMSNorm
+from reca.layers.norm import LayerNorm, RMSNorm
+from reca.layers.stream import Stream
 from reca.models.openuni.config import ConnectorConfig, LLMConfig
 from reca.types import TensorStruct
 
@@ -29,42 +30,45 @@ class Layout(TensorStruct):
     """Rows of each sample and who sees whom; prompts and queries are stored apart.
 
     Attributes:
-        prompts: prompt rows among themselves, causal.
+        lengths: prompt rows of each sample.
+        prompts: prompt rows among themselves, causal; empty segments of queries skip the keys of the others.
         queries: query rows over their prompt and the queries before them, causal.
         connector: query rows of a sample among themselves, all of them.
         prompt_positions, query_positions: [rows] int64, rotary positions; queries continue their prompt.
+        prompt_places, query_places: [rows] int64, where keys and values lie: each prompt before its queries.
     """
 
+    lengths: tuple[int, ...]
     prompts: Segments
     queries: Segments
     connector: Segments
     prompt_positions: Tensor
     query_positions: Tensor
+    prompt_places: Tensor
+    query_places: Tensor
 
     @classmethod
     def of(cls, prompt_lengths: Sequence[int], num_queries: int) -> Self:
         """The layout of samples with these prompts, each followed by `num_queries` queries; on the CPU."""
         queries = [num_queries] * len(prompt_lengths)
         positions = [torch.arange(length + num_queries) for length in prompt_lengths]
+        parts = [part for length in prompt_lengths for part in (length, num_queries)]
+        blocks = torch.arange(sum(parts)).split(parts)
         return cls(
-            prompts=Segments.of(prompt_lengths, is_causal=True),
+            tuple(prompt_lengths),
+            prompts=Segments.of([part for n in prompt_lengths for part in (n, 0)], parts, is_causal=True),
             queries=Segments.of(queries, [length + num_queries for length in prompt_lengths], is_causal=True),
             connector=Segments.of(queries),
             prompt_positions=torch.cat([position[:-num_queries] for position in positions]),
             query_positions=torch.cat([position[-num_queries:] for position in positions]),
+            prompt_places=torch.cat(blocks[0::2]),
+            query_places=torch.cat(blocks[1::2]),
         )
 
     @property
     def num_samples(self) -> int:
         """Samples of the layout."""
-        return len(self.prompts.query_lengths)
-
-    def join(self, prompts: Tensor, queries: Tensor) -> Tensor:
-        """[prompt rows, ...], [query rows, ...] -> both, sample by sample: what queries see."""
-        parts = zip(
-            prompts.split(self.prompts.query_lengths), queries.split(self.queries.query_lengths), strict=True
-        )
-        return torch.cat([piece for part in parts for piece in part])
+        return len(self.lengths)
 
 
 class DecoderLayer(nn.Module):
@@ -93,56 +97,62 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        prompts: Tensor,
-        queries: Tensor,
+        prompts: Stream,
+        queries: Stream,
         layout: Layout,
         rotations: tuple[Rotation, Rotation],
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Stream, Stream]:
         """Advance both streams.
 
         Args:
-            prompts: [prompt rows, dim]; no gradient passes through them.
-            queries: [query rows, dim].
+            prompts: of [prompt rows, dim]; no gradient passes through them.
+            queries: of [query rows, dim].
             layout: rows of each sample.
             rotations: cosines and sines of the prompts' and of the queries' positions.
 
         Returns: both streams after the layer.
         """
+        normed, query_rows = queries.read(self.input_norm)
+        projected = self.qkv(normed)
+        places = len(layout.prompt_places) + len(layout.query_places)
+        buffers = tuple(projected.new_empty(places, self.heads[1], self.head_dim) for _ in range(2))
         with torch.no_grad():
-            prompt_query, prompt_key, prompt_value = self._project_prompts(prompts, rotations[0])
-        query, key, value = self._project(queries, rotations[1])
-        keys, values = layout.join(prompt_key, key), layout.join(prompt_value, value)
+            normed, prompt_rows = prompts.read(self.input_norm)
+            skipped = self.heads[0] * self.head_dim if self.is_last else 0
+            projected_prompts = F.linear(normed, self.qkv.weight[skipped:], self.qkv.bias[skipped:])
+            prompt_query, *_ = self._turn(projected_prompts, rotations[0], buffers, layout.prompt_places)
+        query, keys, values = self._turn(projected, rotations[1], buffers, layout.query_places)
         attended = attention(query, keys, values, layout.queries, backend=self.attention_backend)
-        queries = self._finish(queries, attended)
+        queries = self._finish(query_rows, attended)
         # last, so that recomputing this layer stops before it: the backward pass needs nothing of it
-        if prompt_query is not None:
+        if not self.is_last:
             with torch.no_grad():
                 attended = attention(
-                    prompt_query, prompt_key, prompt_value, layout.prompts, backend=self.attention_backend
+                    prompt_query, keys, values, layout.prompts, backend=self.attention_backend
                 )
-                prompts = self._finish(prompts, attended)
+                prompts = self._finish(prompt_rows, attended)
         return prompts, queries
 
-    def _project(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        return self._turn(self.qkv(self.input_norm(hidden)), rotation, self.heads[0])
-
-    def _project_prompts(self, prompts: Tensor, rotation: Rotation) -> tuple[Tensor | None, Tensor, Tensor]:
-        if not self.is_last:
-            return self._project(prompts, rotation)
-        skipped = self.heads[0] * self.head_dim
-        projected = F.linear(self.input_norm(prompts), self.qkv.weight[skipped:], self.qkv.bias[skipped:])
-        return None, *self._turn(projected, rotation, 0)[1:]
-
-    def _turn(self, projected: Tensor, rotation: Rotation, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value heads of projected rows; no norm, so eps has no use."""
+    def _turn(
+        self, projected: Tensor, rotation: Rotation, buffers: tuple[Tensor, ...], places: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query heads of projected rows, and the buffers with their keys and values; no norm, no eps."""
+        kv_heads, (keys, values) = self.heads[1], buffers
         return qk_norm_rope(
-            projected, None, None, *rotation, heads=heads, kv_heads=self.heads[1], eps=0.0, impl=self.kernels
+            projected,
+            None,
+            None,
+            *rotation,
+            heads=projected.shape[1] // self.head_dim - 2 * kv_heads,
+            kv_heads=kv_heads,
+            eps=0.0,
+            into=(keys, values, places),
+            impl=self.kernels,
         )
 
-    def _finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+    def _finish(self, hidden: Tensor, attended: Tensor) -> Stream:
         normed, hidden = self.post_norm.add(self.o(attended.flatten(1)), hidden)
-        output: Tensor = hidden + self.mlp(normed)
-        return output
+        return Stream(hidden, self.mlp(normed))
 
 
 class ConnectorLayer(nn.Module):
@@ -153,10 +163,10 @@ class ConnectorLayer(nn.Module):
         dim = config.hidden_size
         self.head_dim = config.head_dim
         self.attention_backend = "auto"
-        self.norm1 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.norm1 = LayerNorm(dim, eps=config.layer_norm_eps)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.norm2 = LayerNorm(dim, eps=config.layer_norm_eps)
         self.mlp = MLP(dim, config.intermediate_size)
         for linear in (self.qkv, self.out, self.mlp.fc1, self.mlp.fc2):
             nn.init.xavier_uniform_(linear.weight)
@@ -164,13 +174,13 @@ class ConnectorLayer(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, hidden: Tensor, samples: Segments) -> Tensor:
-        """[query rows, dim] -> [query rows, dim]."""
-        query, key, value = self.qkv(self.norm1(hidden)).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
+    def forward(self, stream: Stream, samples: Segments) -> Stream:
+        """Advance [query rows, dim]."""
+        normed, hidden = stream.read(self.norm1)
+        query, key, value = self.qkv(normed).unflatten(-1, (3, -1, self.head_dim)).unbind(1)
         attended = attention(query, key, value, samples, backend=self.attention_backend)
-        hidden = hidden + self.out(attended.flatten(1))
-        output: Tensor = hidden + self.mlp(self.norm2(hidden))
-        return output
+        normed, hidden = Stream(hidden, self.out(attended.flatten(1))).read(self.norm2)
+        return Stream(hidden, self.mlp(normed))
 
 
 class Connector(nn.Module):
@@ -182,6 +192,7 @@ class Connector(nn.Module):
 
     def forward(self, hidden: Tensor, samples: Segments) -> Tensor:
         """[query rows, dim] -> [query rows, dim]; rows of each sample see one another."""
+        stream = Stream(hidden)
         for layer in self.layers:
-            hidden = layer(hidden, samples)
-        return hidden
+            stream = layer(stream, samples)
+        return stream.rows

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from reca.kernels import Impl, gate_residual
 from reca.layers.attention import Segments, attention
+from reca.layers.norm import LayerNorm
 from reca.models.openuni.config import VisionConfig
 
 _MEAN = (0.485, 0.456, 0.406)
@@ -21,11 +23,12 @@ class VisionLayer(nn.Module):
         dim = config.hidden_size
         self.head_dim = config.head_dim
         self.attention_backend = "auto"
-        self.norm1 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.kernels: Impl = "auto"
+        self.norm1 = LayerNorm(dim, eps=config.layer_norm_eps)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.scale1 = nn.Parameter(torch.ones(dim))
-        self.norm2 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.norm2 = LayerNorm(dim, eps=config.layer_norm_eps)
         self.fc1 = nn.Linear(dim, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, dim)
         self.scale2 = nn.Parameter(torch.ones(dim))
@@ -43,11 +46,17 @@ class VisionLayer(nn.Module):
         rows = self.qkv(self.norm1(hidden)).flatten(0, 1).unflatten(-1, (3, -1, self.head_dim))
         query, key, value = rows.unbind(1)
         attended = attention(query, key, value, images, backend=self.attention_backend)
-        branch = self.scale1 * self.out(attended.flatten(1).view(hidden.shape))
-        hidden = hidden + (branch if kept is None else branch * kept[0])
-        branch = self.scale2 * self.fc2(F.gelu(self.fc1(self.norm2(hidden))))
-        output: Tensor = hidden + (branch if kept is None else branch * kept[1])
-        return output
+        branch = self.out(attended.flatten(1)).view(hidden.shape)
+        hidden = self._add(hidden, branch, self.scale1, None if kept is None else kept[0])
+        branch = self.fc2(F.gelu(self.fc1(self.norm2(hidden))))
+        return self._add(hidden, branch, self.scale2, None if kept is None else kept[1])
+
+    def _add(self, hidden: Tensor, branch: Tensor, scale: Tensor, kept: Tensor | None) -> Tensor:
+        """hidden + kept * scale * branch."""
+        if kept is not None:
+            return hidden + kept * (scale * branch)
+        gate = scale.to(hidden.dtype).expand(hidden.shape)
+        return gate_residual(branch, gate, hidden, impl=self.kernels)
 
 
 class VisionEncoder(nn.Module):
@@ -103,7 +112,7 @@ class Aligner(nn.Module):
     def __init__(self, config: VisionConfig, out: int) -> None:
         super().__init__()
         self.side = config.patches_per_side
-        self.norm = nn.LayerNorm(4 * config.hidden_size, eps=1e-5)
+        self.norm = LayerNorm(4 * config.hidden_size, eps=1e-5)
         self.fc1 = nn.Linear(4 * config.hidden_size, out)
         self.fc2 = nn.Linear(out, out)
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from reca.layers.autoencoder import Level, Middle, group_norm
+from reca.layers.autoencoder import GroupNormSilu, Level, Middle
 from reca.models.showo.config import MagvitConfig
+
+_GROUPS = 32
 
 
 class Encoder(nn.Module):
@@ -30,7 +31,7 @@ class Encoder(nn.Module):
             for i in range(len(widths))
         )
         self.mid = Middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
+        self.norm_out = GroupNormSilu(_GROUPS, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.bits, 3, padding=1)
         self.quant_conv = nn.Conv2d(config.bits, config.bits, 1)
 
@@ -39,7 +40,7 @@ class Encoder(nn.Module):
         hidden = self.conv_in(pixels)
         for level in self.down:
             hidden = level(hidden)
-        output: Tensor = self.quant_conv(self.conv_out(F.silu(self.norm_out(self.mid(hidden)))))
+        output: Tensor = self.quant_conv(self.conv_out(self.norm_out(self.mid(hidden))))
         return output
 
 
@@ -61,7 +62,7 @@ class Decoder(nn.Module):
             )
             for i in range(len(widths))
         )
-        self.norm_out = group_norm(widths[0])
+        self.norm_out = GroupNormSilu(_GROUPS, widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, quantized: Tensor) -> Tensor:
@@ -69,7 +70,7 @@ class Decoder(nn.Module):
         hidden = self.mid(self.conv_in(self.post_quant_conv(quantized)))
         for level in reversed(self.up):
             hidden = level(hidden)
-        output: Tensor = self.conv_out(F.silu(self.norm_out(hidden)))
+        output: Tensor = self.conv_out(self.norm_out(hidden))
         return output
 
 

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reca.kernels import Impl, masked_token_loss
+from reca.kernels import Impl, embedding_projection, masked_token_loss
 from reca.layers.implementation import activation_dtype
+from reca.layers.norm import LayerNorm
 from reca.layers.rotary import rotary_table
 from reca.models.showo.batch import ImageToTextBatch, MaskedBatch, ReconstructionBatch, ShowoBatch, ShowoDraws
 from reca.models.showo.config import ShowoConfig
 from reca.models.showo.flops import minimum_flops
 from reca.models.showo.magvit import Magvit
-from reca.models.showo.transformer import Chosen, DecoderLayer, Layout
+from reca.models.showo.transformer import Chosen, DecoderLayer, Layout, Stream
 from reca.models.showo.vision import VisionTower, as_clip
 from reca.profiling import span
 from reca.randomness import RandomSource
@@ -30,11 +31,25 @@ class Projector(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, out)
         self.fc2 = nn.Linear(out, out)
+        self.kernels: Impl = "auto"
 
     def forward(self, features: Tensor) -> Tensor:
         """[..., dim] -> [..., out]."""
-        output: Tensor = self.fc2(F.gelu(self.fc1(features.to(self.fc1.weight.dtype))))
-        return output
+        rows = embedding_projection(*self._operands(features), activation="gelu", impl=self.kernels)
+        return rows.view(*features.shape[:-1], rows.shape[1])
+
+    def place(self, features: Tensor, destination: Tensor, rows: Tensor) -> Tensor:
+        """`destination` [rows, out] with the projected features [..., dim] in these of its rows."""
+        operands = self._operands(features)
+        return embedding_projection(
+            *operands, activation="gelu", destination=destination, rows=rows, impl=self.kernels
+        )
+
+    def _operands(self, features: Tensor) -> list[Tensor]:
+        """Features as rows, weights and biases, all in the dtype of the activations."""
+        dtype = activation_dtype(self.fc1.weight)
+        layers = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return [tensor.to(dtype) for tensor in (features.flatten(0, -2), *layers)]
 
 
 class ShowoModel(nn.Module):
@@ -54,7 +69,7 @@ class ShowoModel(nn.Module):
         self.kernels: Impl = "auto"
         self.embed_tokens = nn.Embedding(config.vocab_size, phi.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(phi) for _ in range(phi.num_hidden_layers))
-        self.final_layernorm = nn.LayerNorm(phi.hidden_size, phi.layer_norm_eps)
+        self.final_layernorm = LayerNorm(phi.hidden_size, phi.layer_norm_eps)
         self.lm_head = nn.Linear(phi.hidden_size, config.vocab_size)
         self.magvit = Magvit(config.magvit)
         self.vision: VisionTower | None = None
@@ -77,16 +92,16 @@ class ShowoModel(nn.Module):
         """Which codes are masked; how many was drawn while the samples were prepared."""
         ids = batch.sample_ids
         if isinstance(batch, ImageToTextBatch):
-            count = torch.tensor(float(len(batch.labels)), device=ids.device)
+            count = torch.full((), len(batch.labels), dtype=torch.float32, device=ids.device)
             return ShowoDraws(counts={batch.term: count}, masked=ids.new_empty(0))
         assert isinstance(batch, MaskedBatch)
         codes = self.config.num_codes
         order = random.uniform(f"{batch.term}/mask", ids, codes).argsort(dim=1)
-        masked = [order[index, :count] + index * codes for index, count in enumerate(batch.num_masked)]
+        rows = order + torch.arange(0, len(ids) * codes, codes, device=ids.device)[:, None]
+        masked = [row[:count] for row, count in zip(rows, batch.num_masked, strict=True)]
         total = sum(batch.num_masked) + len(batch.frame_rows)
-        return ShowoDraws(
-            counts={batch.term: torch.tensor(float(total), device=ids.device)}, masked=torch.cat(masked)
-        )
+        counted = torch.full((), total, dtype=torch.float32, device=ids.device)
+        return ShowoDraws(counts={batch.term: counted}, masked=torch.cat(masked))
 
     def forward(self, batch: ShowoBatch, draws: ShowoDraws) -> LossTerms:
         """The batch's own term: cross entropy over the whole vocabulary, summed over predicted tokens."""
@@ -154,18 +169,23 @@ class ShowoModel(nn.Module):
             embedded = self.embed_tokens(token_ids)
             if not batch.vision_rows.shape[0]:
                 return embedded
-            seen = self.understand(batch).flatten(0, 1)
-            return embedded.index_copy(0, batch.vision_rows, seen.to(embedded.dtype))
+            assert self.mm_projector is not None
+            with span("understand"):
+                return self.mm_projector.place(self.features(batch), embedded, batch.vision_rows)
 
     def understand(self, batch: ShowoBatch) -> Tensor:
         """[samples, vision tokens, dim]: what the language model is shown of the images (CLIP variants)."""
-        assert self.vision is not None and self.mm_projector is not None
+        assert self.mm_projector is not None
         with span("understand"):
-            pixels = batch.pixels
-            if isinstance(batch, ReconstructionBatch):
-                pixels = self.clip_pixels(pixels)
-            output: Tensor = self.mm_projector(self.vision(pixels))
+            output: Tensor = self.mm_projector(self.features(batch))
             return output
+
+    def features(self, batch: ShowoBatch) -> Tensor:
+        """[samples, vision tokens, vision dim]: what the vision tower sees of the images (CLIP variants)."""
+        assert self.vision is not None
+        is_reconstruction = isinstance(batch, ReconstructionBatch)
+        seen: Tensor = self.vision(self.clip_pixels(batch.pixels) if is_reconstruction else batch.pixels)
+        return seen
 
     def clip_pixels(self, pixels: Tensor) -> Tensor:
         """Images in [-1, 1] as a reconstruction shows them to the vision tower."""
@@ -191,7 +211,8 @@ class ShowoModel(nn.Module):
         """All layers: [rows, dim] -> [rows, dim], or [chosen rows, dim]; before the last norm."""
         phi = self.config.phi
         rotation = rotary_table(layout.positions, phi.rotary_dim, phi.rope_theta)
+        stream = Stream(hidden)
         for index, layer in enumerate(self.layers):
             is_last = index == len(self.layers) - 1
-            hidden = layer(hidden, layout, rotation, chosen if is_last else None)
-        return hidden
+            stream = layer(stream, layout, rotation, chosen if is_last else None)
+        return stream.rows

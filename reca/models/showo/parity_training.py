@@ -34,7 +34,7 @@ from reca.models.showo.batch import (
 from reca.models.showo.checkpoint import clip_slots, magvit_slots, showo_slots
 from reca.models.showo.config import IGNORED, MagvitConfig, ShowoConfig
 from reca.models.showo.model import ShowoModel
-from reca.models.showo.transformer import Layout
+from reca.models.showo.transformer import Layout, Stream
 
 _CPU = torch.device("cpu")
 
@@ -195,12 +195,12 @@ def gradients(model: ShowoModel) -> dict[str, Tensor]:
 
 @contextmanager
 def record(modules: dict[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Results of modules, by the names they are given here."""
+    """Results of modules, by the names they are given here; of a residual stream, its rows."""
     outputs: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
-        def keep(module: nn.Module, arguments: Any, output: Tensor) -> None:
-            outputs[name] = output
+        def keep(module: nn.Module, arguments: Any, output: Tensor | Stream) -> None:
+            outputs[name] = output.rows if isinstance(output, Stream) else output
 
         return keep
 
@@ -301,11 +301,14 @@ def attention_mask(layout: Layout) -> Tensor:
     num_samples = max(sample for sample, _ in layout.order) + 1
     length = int(layout.positions.max()) + 1
     mask = torch.zeros(num_samples, length, length, dtype=torch.uint8)
-    positions = layout.positions.split(layout.lengths)
-    views = (layout.plan.full, layout.plan.causal)
-    sees = [(seen, view.segments.is_causal) for view in views for seen in view.sees]
-    for (sample, _), queries, (seen, is_causal) in zip(layout.order, positions, sees, strict=True):
-        keys = torch.cat([positions[index] for index in seen])
-        rows = torch.ones(len(queries), len(keys), dtype=torch.uint8)
-        mask[sample, queries[:, None], keys] = rows.tril(len(keys) - len(queries)) if is_causal else rows
+    positions, samples = layout.positions.split(layout.lengths), samples_of(layout)
+    start = 0
+    for view in (layout.plan.full, layout.plan.causal):
+        for num_rows, seen in zip(view.segments.query_lengths, view.sees, strict=True):
+            queries = layout.positions[start : start + num_rows]
+            keys = torch.cat([positions[index] for index in seen])
+            rows = torch.ones(num_rows, len(keys), dtype=torch.uint8)
+            rows = rows.tril(len(keys) - num_rows) if view.segments.is_causal else rows
+            mask[samples[start], queries[:, None], keys] = rows
+            start += num_rows
     return mask

@@ -4,65 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from reca.kernels import Impl, qk_norm_rope
+from reca.kernels import Impl, qk_norm_rope, qk_norm_rope_spread
 from reca.layers.attention import Segments, attention
 from reca.layers.implementation import activation_dtype
 from reca.layers.mlp import MLP
+from reca.layers.norm import LayerNorm
 from reca.models.showo.config import PhiConfig
 from reca.models.showo.sequence import Block
 from reca.types import TensorStruct
 
-
-class GatherBlocks(torch.autograd.Function):
-    """Keys and values of stored blocks, put together for several views; a block may stand many times.
-
-    The gradients of a block's copies are added list by list: all first copies at once, then all second ones.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, key: Tensor, value: Tensor, lengths: tuple[int, ...], views: tuple[tuple[int, ...], ...]
-    ) -> tuple[Tensor, ...]:
-        """(keys, values) of each view, one after another: [rows of its blocks, ...]."""
-        ctx.lengths, ctx.views = lengths, views
-        blocks = key.split(lengths), value.split(lengths)
-        return tuple(torch.cat([kind[i] for i in view]) for view in views for kind in blocks)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """Sum over the copies of each block, in their order."""
-        rounds: list[tuple[list[Tensor], list[Tensor]]] = []
-        sums = []
-        for kind in (gradients[::2], gradients[1::2]):
-            copies: list[list[Tensor]] = [[] for _ in ctx.lengths]
-            for view, gradient in zip(ctx.views, kind, strict=True):
-                for index, piece in zip(view, gradient.split([ctx.lengths[i] for i in view]), strict=True):
-                    copies[index].append(piece)
-            shape = kind[0].shape[1:]
-            total = torch.cat(
-                [
-                    found[0] if found else kind[0].new_zeros(rows, *shape)
-                    for found, rows in zip(copies, ctx.lengths, strict=True)
-                ]
-            )
-            sums.append(total)
-            for into, found in zip(total.split(ctx.lengths), copies, strict=True):
-                for number, piece in enumerate(found[1:]):
-                    if number == len(rounds):
-                        rounds.append(([], []))
-                    rounds[number][0].append(into)
-                    rounds[number][1].append(piece)
-        for into_blocks, pieces in rounds:
-            torch._foreach_add_(into_blocks, pieces)
-        return sums[0], sums[1], None, None
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Query, key and value of one attention call: [rows, heads, head_dim] each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +38,19 @@ class View(TensorStruct):
 
 @dataclass(frozen=True, slots=True)
 class Plan(TensorStruct):
-    """Who sees whom: the query rows are [those of `full`; those of `causal`]."""
+    """Who sees whom: the query rows are [those of `full`; those of `causal`].
+
+    What several segments see lies once in each of them, where attention reads it.
+
+    Attributes:
+        full, causal: the two attention calls; one of them may be empty.
+        places: [stored rows, copies] int64, where each row's key and value lie among the keys of both calls;
+            -1 is nowhere.
+    """
 
     full: View
     causal: View
+    places: Tensor
 
     @classmethod
     def of(
@@ -103,31 +70,57 @@ class Plan(TensorStruct):
             keys = [sum(lengths[index] for index in seen) for _, seen in chosen]
             segments = Segments.of([rows for rows, _ in chosen], keys, is_causal=is_causal)
             views.append(View(segments, tuple(seen for _, seen in chosen)))
-        return cls(*views)
+        full, causal = views
+        return cls(full, causal, _places(lengths, [*full.pieces, *causal.pieces]))
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], backend: str
-    ) -> Tensor:
-        """[query rows, heads, head_dim] of queries in the plan's order; `lengths`: of the stored blocks."""
-        views = (self.full, self.causal)
-        queries = query.split([view.segments.query_rows for view in views])
-        parts = [(part, view) for part, view in zip(queries, views, strict=True) if part.shape[0]]
-        gathered = GatherBlocks.apply(key, value, lengths, tuple(view.pieces for _, view in parts))  # type: ignore[no-untyped-call]
-        pairs = zip(gathered[::2], gathered[1::2], strict=True)
+    @property
+    def views(self) -> tuple[View, ...]:
+        """Those that have queries; at least one."""
+        return tuple(view for view in (self.full, self.causal) if view.segments.query_rows) or (self.full,)
+
+    @property
+    def query_rows(self) -> list[int]:
+        """Query rows of each view."""
+        return [view.segments.query_rows for view in self.views]
+
+    @property
+    def key_rows(self) -> list[int]:
+        """Key rows of each view."""
+        return [view.segments.key_rows for view in self.views]
+
+    def attend(self, heads: Sequence[Heads], backend: str) -> Tensor:
+        """[query rows, heads, head_dim] from query, key and value of each view."""
         outputs = [
-            attention(part, keys, values, view.segments, backend=backend)
-            for (part, view), (keys, values) in zip(parts, pairs, strict=True)
+            attention(*rows, view.segments, backend=backend)
+            for rows, view in zip(heads, self.views, strict=True)
         ]
-        return torch.cat(outputs) if len(outputs) > 1 else outputs[0] if outputs else query
+        return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+
+
+def _places(lengths: Sequence[int], pieces: Sequence[int]) -> Tensor:
+    """[rows, copies]: where each row of these blocks stands in the list of blocks `pieces`."""
+    stands: list[list[Tensor]] = [[] for _ in lengths]
+    total = sum(lengths[index] for index in pieces)
+    for index, rows in zip(pieces, torch.arange(total).split([lengths[i] for i in pieces]), strict=True):
+        stands[index].append(rows)
+    copies = max([1, *map(len, stands)])
+    nowhere = torch.full((max(lengths),), -1)
+    return torch.cat(
+        [
+            torch.stack([*found, *[nowhere[:rows]] * (copies - len(found))], dim=1)
+            for found, rows in zip(stands, lengths, strict=True)
+        ]
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Layout(TensorStruct):
-    """How the rows of a microbatch are stored: full blocks, then causal ones, kind by kind.
+    """How the rows of a microbatch are stored: full blocks kind by kind, then causal ones sample by sample.
 
     Attributes:
         lengths: rows of each stored block.
         order: (sample, block of its sequence) of each stored block.
+        sees: stored blocks that each stored block sees.
         plan: who sees whom, for all rows.
         token_ids: [rows] int64, negative where no token stands yet.
         positions: [rows] int64.
@@ -135,34 +128,41 @@ class Layout(TensorStruct):
 
     lengths: tuple[int, ...]
     order: tuple[tuple[int, int], ...]
+    sees: tuple[tuple[int, ...], ...]
     plan: Plan
     token_ids: Tensor
     positions: Tensor
 
     @classmethod
     def of(cls, samples: Sequence[Sequence[Block]]) -> Self:
-        """The layout of these sequences, on the CPU. Equal kinds stand together: one launch serves them."""
-        order = [
-            (sample, index)
+        """The layout of these sequences, on the CPU. Equal kinds stand together: one launch serves them.
+
+        A causal block that sees what the one before it saw, and that one, continues its segment.
+        """
+        full, causal = (
+            [
+                (sample, index)
+                for sample, blocks in enumerate(samples)
+                for index, block in enumerate(blocks)
+                if block.rows and block.is_causal == is_causal
+            ]
             for is_causal in (False, True)
-            for index in range(max(len(blocks) for blocks in samples))
-            for sample, blocks in enumerate(samples)
-            if index < len(blocks) and blocks[index].rows and blocks[index].is_causal == is_causal
-        ]
+        )
+        order = [*sorted(full, key=lambda place: place[::-1]), *causal]
         stored = [samples[sample][index] for sample, index in order]
-        place = {key: number for number, key in enumerate(order)}
+        number_of = {place: number for number, place in enumerate(order)}
         lengths = [block.rows for block in stored]
-        queries = [
-            (
-                block.rows,
-                tuple(place[sample, seen] for seen in block.sees if (sample, seen) in place),
-                block.is_causal,
-            )
-            for (sample, _), block in zip(order, stored, strict=True)
-        ]
+        sees, queries = [], list[tuple[int, tuple[int, ...], bool]]()
+        for number, ((sample, _), block) in enumerate(zip(order, stored, strict=True)):
+            seen = tuple(number_of[sample, i] for i in block.sees if (sample, i) in number_of)
+            sees.append(seen)
+            continues = bool(queries) and queries[-1][2] and seen == (*queries[-1][1], number)
+            rows = queries.pop()[0] if continues else 0
+            queries.append((rows + block.rows, seen, block.is_causal))
         return cls(
             tuple(lengths),
             tuple(order),
+            tuple(sees),
             Plan.of(lengths, queries),
             token_ids=torch.tensor([token for block in stored for token in block.ids]),
             positions=torch.tensor([position for block in stored for position in block.positions]),
@@ -174,9 +174,7 @@ class Layout(TensorStruct):
 
     def seen_by(self, sample: int, block: int) -> tuple[int, ...]:
         """Stored blocks that a block sees."""
-        number = self.order.index((sample, block))
-        sees = (*self.plan.full.sees, *self.plan.causal.sees)
-        return sees[number]
+        return self.sees[self.order.index((sample, block))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +188,23 @@ class Chosen(TensorStruct):
 
     rows: Tensor
     plan: Plan
+
+
+class Stream(NamedTuple):
+    """A residual stream whose last sum is left to the norm that reads it, which forms it in the same pass.
+
+    Attributes:
+        residual: [rows, dim].
+        deltas: [rows, dim] each, what attention and MLP of the last layer add; none before the first.
+    """
+
+    residual: Tensor
+    deltas: tuple[Tensor, ...] = ()
+
+    @property
+    def rows(self) -> Tensor:
+        """[rows, dim]: the sum."""
+        return self.residual + (self.deltas[0] + self.deltas[1]) if self.deltas else self.residual
 
 
 class DecoderLayer(nn.Module):
@@ -207,7 +222,7 @@ class DecoderLayer(nn.Module):
         self.head_dim = config.head_dim
         self.attention_backend = "auto"
         self.kernels: Impl = "auto"
-        self.input_layernorm = nn.LayerNorm(dim, eps)
+        self.input_layernorm = LayerNorm(dim, eps)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_layernorm = nn.LayerNorm(self.head_dim, eps)
         self.k_layernorm = nn.LayerNorm(self.head_dim, eps)
@@ -215,49 +230,69 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(dim, config.intermediate_size)
 
     def forward(
-        self, hidden: Tensor, layout: Layout, rotation: tuple[Tensor, Tensor], chosen: Chosen | None = None
-    ) -> Tensor:
+        self,
+        stream: Stream,
+        layout: Layout,
+        rotation: tuple[Tensor, Tensor],
+        chosen: Chosen | None = None,
+    ) -> Stream:
         """Advance the residual stream.
 
         Args:
-            hidden: [rows, dim].
+            stream: [rows, dim].
             layout: of these rows.
             rotation: cosines and sines of `layout.positions`.
             chosen: rows to compute; None computes all. The others give keys and values only.
 
         Returns: [rows, dim], or [chosen rows, dim].
         """
-        # Autocast leaves the norm in fp32 and would round it twice, once for each layer that reads it.
-        normed = self.input_layernorm(hidden).to(activation_dtype(self.qkv.weight))
-        heads = hidden.shape[-1] // self.head_dim
-        plan = layout.plan
+        # The two readers send their gradients apart, and the norm's backward adds them.
+        dtype = activation_dtype(self.qkv.weight)
+        hidden, normed, fed = self.input_layernorm.add(*stream, dtype=dtype, readers=2)
         if chosen is None:
-            query, key, value = self._turn(self.qkv(normed), rotation, heads, heads)
+            plan = layout.plan
+            calls = self._calls(self.qkv(normed), rotation, plan, plan.query_rows)
         else:
-            weight, bias, dim = self.qkv.weight, self.qkv.bias, hidden.shape[-1]
-            projected = F.linear(normed, weight[dim:], bias[dim:])
-            _, key, value = self._turn(projected, rotation, 0, heads)
-            hidden, normed = hidden.index_select(0, chosen.rows), normed.index_select(0, chosen.rows)
-            turn = (rotation[0].index_select(0, chosen.rows), rotation[1].index_select(0, chosen.rows))
-            query = self._turn(F.linear(normed, weight[:dim], bias[:dim]), turn, heads, 0)[0]
             plan = chosen.plan
-        attended = plan.attend(query, key, value, layout.lengths, self.attention_backend)
-        output: Tensor = hidden + (self.dense(attended.flatten(1)) + self.mlp(normed))
-        return output
+            hidden, fed = hidden.index_select(0, chosen.rows), fed.index_select(0, chosen.rows)
+            calls = self._chosen_calls(normed, fed, rotation, chosen)
+        attended = plan.attend(calls, self.attention_backend)
+        return Stream(hidden, (self.dense(attended.flatten(1)), self.mlp(fed)))
 
-    def _turn(
-        self, projected: Tensor, rotation: tuple[Tensor, Tensor], heads: int, kv_heads: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value heads of projected rows, normalised and rotated."""
-        return qk_norm_rope(
-            projected,
-            self.q_layernorm.weight,
-            self.k_layernorm.weight,
-            *rotation,
-            heads=heads,
-            kv_heads=kv_heads,
-            eps=self.q_layernorm.eps,
-            query_bias=self.q_layernorm.bias,
-            key_bias=self.k_layernorm.bias,
-            impl=self.kernels,
+    def _calls(
+        self, projected: Tensor, rotation: tuple[Tensor, Tensor], plan: Plan, query_rows: Sequence[int]
+    ) -> list[Heads]:
+        """Heads for each view of the plan; rows without queries have two thirds of the width."""
+        kv_heads = self.qkv.in_features // self.head_dim
+        heads = projected.shape[1] // self.head_dim - 2 * kv_heads
+        cos, sin = rotation
+        rows: Any = {"query_rows": query_rows, "key_rows": plan.key_rows, "destinations": plan.places}
+        return qk_norm_rope_spread(
+            projected, cos=cos, sin=sin, heads=heads, kv_heads=kv_heads, **rows, **self._norms()
         )
+
+    def _chosen_calls(
+        self, normed: Tensor, normed_chosen: Tensor, rotation: tuple[Tensor, Tensor], chosen: Chosen
+    ) -> list[Heads]:
+        """Heads for each view: queries of the chosen rows, keys and values of all."""
+        plan, dim = chosen.plan, normed.shape[1]
+        weights, biases = (part.split([dim, 2 * dim]) for part in (self.qkv.weight, self.qkv.bias))
+        no_queries = [len(normed), *[0] * (len(plan.views) - 1)]
+        stored = self._calls(F.linear(normed, weights[1], biases[1]), rotation, plan, no_queries)
+        cos, sin = (angles.index_select(0, chosen.rows) for angles in rotation)
+        projected = F.linear(normed_chosen, weights[0], biases[0])
+        heads = dim // self.head_dim
+        queries, *_ = qk_norm_rope(projected, cos=cos, sin=sin, heads=heads, kv_heads=0, **self._norms())
+        parts = queries.split(plan.query_rows)
+        return [(query, key, value) for query, (_, key, value) in zip(parts, stored, strict=True)]
+
+    def _norms(self) -> dict[str, Any]:
+        """What turns the heads of query and key, but for the angles."""
+        return {
+            "query_weight": self.q_layernorm.weight,
+            "key_weight": self.k_layernorm.weight,
+            "query_bias": self.q_layernorm.bias,
+            "key_bias": self.k_layernorm.bias,
+            "eps": self.q_layernorm.eps,
+            "impl": self.kernels,
+        }

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from reca.kernels import Impl, add_layer_norm, gelu_mlp
+from reca.layers.implementation import activation_dtype
 from reca.models.showo.config import ClipConfig
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -22,6 +24,7 @@ class VisionTower(nn.Module):
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.config = config
+        self.kernels: Impl = "auto"
         fixed = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "attn_implementation": "sdpa"}
         settings: dict[str, Any] = {**asdict(config), **fixed}
         model = CLIPVisionModel(CLIPVisionConfig(**settings))
@@ -36,11 +39,37 @@ class VisionTower(nn.Module):
         """[batch, 3, image_size, image_size] -> [batch, num_tokens, hidden_size] without the class token."""
         tower = self.tower
         hidden = tower.pre_layrnorm(tower.embeddings(pixels.to(tower.pre_layrnorm.weight.dtype)))
+        deltas: tuple[Tensor, ...] = ()
         for layer in tower.encoder.layers[:-1]:
-            hidden = layer(hidden, attention_mask=None)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            hidden, deltas = self._advance(layer, hidden, deltas)
+        for delta in deltas:
+            hidden = hidden + delta
         patches: Tensor = hidden[:, 1:]
         return patches
+
+    def _advance(
+        self, layer: Any, hidden: Tensor, deltas: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(residual stream, what the MLP adds to it); each sum is formed by the norm that reads it."""
+        attention, mlp, dtype = layer.self_attn, layer.mlp, activation_dtype(layer.mlp.fc1.weight)
+        hidden, normed = self._norm(layer.layer_norm1, hidden, deltas, dtype)
+        query, key, value = (
+            project(normed).unflatten(-1, (self.config.num_attention_heads, -1)).transpose(1, 2)
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        hidden, normed = self._norm(layer.layer_norm2, hidden, (attention.out_proj(attended),), dtype)
+        weights = (mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias)
+        fed = gelu_mlp(normed, *(w.to(dtype) for w in weights), approximate="sigmoid", impl=self.kernels)
+        return hidden, (fed,)
+
+    def _norm(
+        self, norm: nn.LayerNorm, hidden: Tensor, deltas: tuple[Tensor, ...], dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        summed, normed = add_layer_norm(
+            hidden, deltas, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, impl=self.kernels
+        )
+        return summed, normed
 
     def resize(self, pixels: Tensor) -> Tensor:
         """Images in [-1, 1] at the tower's size: bilinear without antialiasing, as officially."""
