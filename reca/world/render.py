@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from PIL import Image
 from torch import Tensor
+from torch._guards import active_fake_mode
 
 from reca.images import to_image
 from reca.randomness import RandomSource
@@ -46,9 +47,18 @@ def _inside(shape: str, x: Tensor, y: Tensor) -> Tensor:
     return x.abs() + y.abs() < 0.9  # diamond
 
 
-@cache
 def glyphs(side: int) -> Tensor:
     """[37, 3, side, side] fp32 in [-1, 1]: the picture of every code, anti-aliased."""
+    # What is drawn while a step is counted has no values: it must not be kept.
+    return _kept_glyphs(side) if active_fake_mode() is None else _draw_glyphs(side)
+
+
+@cache
+def _kept_glyphs(side: int) -> Tensor:
+    return _draw_glyphs(side)
+
+
+def _draw_glyphs(side: int) -> Tensor:
     # On the CPU also where a model is being built on the meta device: the result is kept.
     fine = (torch.arange(side * _OVERSAMPLING, device="cpu") + 0.5) / (side * _OVERSAMPLING) * 2 - 1
     y, x = fine[:, None].expand(len(fine), -1), fine[None].expand(len(fine), -1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from reca.config import WorldConfig
 from reca.errors import ConfigError
@@ -101,3 +102,9 @@ def test_the_identity_changes_with_the_held_out_pairs_but_not_with_their_order()
     one, other = World.of(("purple circle", "red cross")), World.of(("red cross", "purple circle"))
     assert one.identity == other.identity
     assert one.identity != WORLD.identity
+
+
+def test_glyphs_drawn_without_values_are_not_kept() -> None:
+    with FakeTensorMode():
+        assert isinstance(glyphs(3), FakeTensor)
+    assert not isinstance(glyphs(3), FakeTensor)
