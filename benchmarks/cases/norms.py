@@ -230,12 +230,10 @@ def _modulate_plain(i: Inputs) -> Output:
     return normed * (1 + i["scale"]) + i["shift"]
 
 
-def _liger_modulate() -> Provider:
-    from liger_kernel.ops.modulated_layer_norm import (  # type: ignore[import-not-found]
-        LigerModulatedLayerNormFunction,
-    )
+def _liger_layer_norm() -> Provider:
+    from liger_kernel.ops.layer_norm import LigerLayerNormFunction  # type: ignore[import-not-found]
 
-    return lambda i: LigerModulatedLayerNormFunction.apply(i["x"], i["scale"], i["shift"], _EPS)
+    return lambda i: LigerLayerNormFunction.apply(i["x"], i["weight"], i["bias"], _EPS)
 
 
 def _gated(make: Maker) -> Inputs:
@@ -338,6 +336,7 @@ CASES = (
         plain=lambda i: F.layer_norm(i["x"], i["x"].shape[-1:], i["weight"], i["bias"], _EPS),
         moved=_element_wise(1, 1, 2, 1),
         gradients=("x", "weight", "bias"),
+        rivals={"liger": _liger_layer_norm},
     ),
     Case(
         operator="adaln_modulation",
@@ -349,7 +348,6 @@ CASES = (
         plain=_modulate_plain,
         moved=_element_wise(3, 1, 3, 2),  # the gradient of the shift is the one that comes in
         gradients=("x", "shift", "scale"),
-        rivals={"liger": _liger_modulate},
     ),
     Case(
         operator="adaln_modulation",

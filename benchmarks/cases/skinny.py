@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -76,7 +77,10 @@ def _bitsandbytes() -> Provider:
 
 
 def _torchao_nf4() -> Provider:
-    from torchao.dtypes.nf4tensor import linear_nf4, to_nf4  # type: ignore[import-not-found]
+    from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import (  # type: ignore[import-not-found]
+        linear_nf4,
+        to_nf4,
+    )
 
     made: dict[int, Any] = {}
 
@@ -84,7 +88,8 @@ def _torchao_nf4() -> Provider:
         weight: Nf4Weight = i["quantized"]
         key = weight.packed.data_ptr()
         if key not in made:
-            made[key] = to_nf4(dequantize_nf4(weight, i["x"].dtype), 64, 256)
+            values = dequantize_nf4(weight, i["x"].dtype)
+            made[key] = to_nf4(values, 64, math.gcd(values.numel() // 64, 256))
         return linear_nf4(i["x"], made[key])  # type: ignore[no-any-return]
 
     return provider
