@@ -211,7 +211,7 @@ def test_torchao_is_timed_where_it_is_installed(monkeypatch: pytest.MonkeyPatch)
         monkeypatch, "torchao.quantization", Float8WeightOnlyConfig=lambda: "weights only", quantize_=quantize
     )
     fakes = {"to_nf4": lambda w, block, scales: w, "linear_nf4": lambda x, w: x @ w.t()}
-    offer(monkeypatch, "torchao.dtypes.nf4tensor", **fakes)
+    offer(monkeypatch, "torchao.quantization.quantize_.workflows.nf4.nf4_tensor", **fakes)
     cases = [case_of("adamw", "8 bits"), case_of("skinny_linear", "fp8"), case_of("skinny_linear", "NF4")]
     records = [record for record in rows_of(cases) if record["provider"] == "torchao"]
     assert [r["case"] for r in records if r["mode"] == "forward"] == [case.name for case in cases]
