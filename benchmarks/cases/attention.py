@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from reca.benchmarks.cases.case import Case, Inputs, Maker, Output, Provider, Shape
 from reca.kernels import Impl
-from reca.layers.attention import Segments, attention
+from reca.layers.attention import attention
 from reca.layers.attention_backends import BACKENDS
+from reca.layers.segments import Segments
 
 OPERATOR = "attention"
 _NO_RIVALS = ("reference", "counted")  # the plain form, and what has no values

@@ -19,14 +19,13 @@ from torch._guards import active_fake_mode
 from torch.nn import functional as F
 
 from reca.errors import nearest
+from reca.layers.segments import Segments
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-    from reca.layers.attention import Segments
-
 Missing = Callable[[torch.device, torch.dtype, int, bool], str | None]
-Run = Callable[[Tensor, Tensor, Tensor, "Segments", float], Tensor]
+Run = Callable[[Tensor, Tensor, Tensor, Segments, float], Tensor]
 P = ParamSpec("P")
 T = TypeVar("T")
 HALF = (torch.bfloat16, torch.float16)

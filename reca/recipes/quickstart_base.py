@@ -28,8 +28,9 @@ from torch.nn import functional as F
 from reca.data.prompts import load_prompts
 from reca.files import write_text
 from reca.images import patchify
-from reca.layers.attention import Segments, attention
+from reca.layers.attention import attention
 from reca.layers.norm import RMSNorm
+from reca.layers.segments import Segments
 from reca.models import get_variant
 from reca.models.bagel.batch import BagelBatch, BagelExample, collate, grid_positions
 from reca.models.bagel.checkpoint import save

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reca.layers.attention import Segments, attention
+from reca.layers.attention import attention
 from reca.layers.attention_backends import BACKENDS, _compiled
+from reca.layers.segments import Segments
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask
 
 from reca.layers import attention_backends
-from reca.layers.attention import Segments, attention, set_attention_backend
+from reca.layers.attention import attention, set_attention_backend
 from reca.layers.attention_backends import (
     BACKENDS,
     block_mask,
@@ -21,6 +21,7 @@ from reca.layers.attention_backends import (
     import_failure,
     run_reference,
 )
+from reca.layers.segments import Segments
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FLASH2 = "flash_attn.flash_attn_interface"

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from reca.layers.attention import Segments
 from reca.layers.attention_backends import run_flash, run_reference, run_varlen, run_xformers
+from reca.layers.segments import Segments
 
 CPU = torch.device("cpu")
 SEGMENTS = Segments.of([3, 0, 2, 2], [5, 1, 2, 2], is_causal=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reca.layers.attention import Segments
+from reca.layers.segments import Segments
 from reca.models.harmon.dropout import UNDERSTANDING, VISIBLE, BlockDropout, DrawnDropout
 from reca.randomness import RandomSource
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from reca.errors import ConfigError
 from reca.images import to_tensor
-from reca.layers.attention import Segments
+from reca.layers.segments import Segments
 from reca.models.family import SampleOptions
 from reca.models.janus import FAMILY
 from reca.models.janus.batch import GenerationExample, collate_generation

@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from reca.kernels import masked_token_loss
-from reca.layers.attention import Segments, attention
+from reca.layers.attention import attention
+from reca.layers.segments import Segments
 from reca.profiling.kernel_counts import list_launches
 from reca.profiling.launches import Launch, LaunchCounter
 from reca.profiling.roofline import DEVICES, LAUNCH_SECONDS

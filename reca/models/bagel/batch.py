@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reca.images import patchify, to_tensor
 from reca.kernels import PhiloxNoise
-from reca.layers.attention import Segments
+from reca.layers.segments import Segments
 from reca.models.bagel.config import BagelConfig
 from reca.models.bagel.tokenizer import read_tokenizer
 from reca.models.bagel.transformer import MARKERS, Layout

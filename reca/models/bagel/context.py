@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from reca.images import patchify
-from reca.layers.attention import Segments, attention
+from reca.layers.attention import attention
 from reca.layers.rotary import apply_rotary, rotary_table
+from reca.layers.segments import Segments
 from reca.models.bagel.batch import grid_positions
 from reca.models.bagel.model import BagelModel
 from reca.models.bagel.transformer import MARKERS

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reca.images import patchify
-from reca.layers.attention import Segments
 from reca.layers.implementation import set_kernels
 from reca.layers.mlp import MLP
 from reca.layers.position import sincos_position_table
 from reca.layers.rotary import apply_rotary, rotary_table
+from reca.layers.segments import Segments
 from reca.models.bagel.batch import (
     BagelBatch,
     BagelDraws,

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from reca.layers.attention import Segments
+from reca.layers.segments import Segments
 from reca.models.harmon.config import HarmonConfig
 from reca.models.harmon.dropout import UNDERSTANDING, VISIBLE, Dropout
 from reca.models.harmon.mar import encoder_rows

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from reca.layers.attention import Segments, attention
+from reca.layers.attention import attention
 from reca.layers.rotary import rotary_table
+from reca.layers.segments import Segments
 from reca.layers.stream import Stream
 from reca.models.harmon.batch import encoding
 from reca.models.harmon.mar import encoder_rows

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reca.kernels import Impl, PhiloxDropout, dropout, dropout_attention
-from reca.layers.attention import Segments
+from reca.layers.segments import Segments
 from reca.randomness import RandomSource, key_of
 from reca.types import TensorStruct
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reca.layers.attention import Segments
 from reca.layers.norm import LayerNorm
+from reca.layers.segments import Segments
 from reca.layers.stream import Stream
 from reca.models.harmon.config import MarConfig
 from reca.models.harmon.dropout import UNDERSTANDING, BlockDropout, DrawnDropout, Dropout

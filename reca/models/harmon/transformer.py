@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reca.kernels import Impl, bias_gelu, gelu_mlp, qk_norm_rope
-from reca.layers.attention import Segments, attention
+from reca.layers.attention import attention
 from reca.layers.implementation import activation_dtype
 from reca.layers.mlp import SwiGLU
 from reca.layers.norm import LayerNorm, RMSNorm
+from reca.layers.segments import Segments
 from reca.layers.stream import Stream
 from reca.models.harmon.config import LLMConfig
 from reca.models.harmon.dropout import BlockDropout

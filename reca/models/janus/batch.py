@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reca.errors import ConfigError, nearest
 from reca.images import ImageRejected, ImageSpec, to_tensor
-from reca.layers.attention import Segments
+from reca.layers.segments import Segments
 from reca.models.family import Variant
 from reca.models.janus.config import IGNORED, JanusConfig
 from reca.models.janus.tokenizer import IMAGE, read_tokenizer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reca.layers.attention import Segments
+from reca.layers.segments import Segments
 from reca.models.janus.batch import GenerationBatch, ImageToTextBatch, JanusBatch
 from reca.models.janus.config import JanusConfig, VisionConfig, VQConfig
 

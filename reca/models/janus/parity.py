@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reca.errors import ConfigError, nearest
-from reca.layers.attention import Segments
 from reca.layers.implementation import set_kernels
+from reca.layers.segments import Segments
 from reca.models.checkpoint import load_slots
 from reca.models.family import Pack, Reproduction
 from reca.models.janus.batch import (

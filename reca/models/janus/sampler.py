@@ -18,9 +18,10 @@ from torch import Tensor
 
 from reca.errors import ConfigError
 from reca.images import to_image, to_tensor
-from reca.layers.attention import Segments, attention
+from reca.layers.attention import attention
 from reca.layers.implementation import common_arithmetic
 from reca.layers.rotary import rotary_table
+from reca.layers.segments import Segments
 from reca.layers.stream import Stream
 from reca.models.family import SampleOptions, Variant
 from reca.models.janus.batch import hide

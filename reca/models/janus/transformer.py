@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reca.kernels import Impl, qk_norm_rope
-from reca.layers.attention import Segments, attention
+from reca.layers.attention import attention
 from reca.layers.mlp import SwiGLU
 from reca.layers.norm import RMSNorm
+from reca.layers.segments import Segments
 from reca.layers.stream import Stream
 from reca.models.janus.config import TextConfig
 from reca.types import TensorStruct

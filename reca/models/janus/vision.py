@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from reca.layers.attention import Segments, attention
+from reca.layers.attention import attention
 from reca.layers.mlp import MLP
 from reca.layers.norm import LayerNorm
+from reca.layers.segments import Segments
 from reca.layers.stream import Stream
 from reca.models.janus.config import VisionConfig
 

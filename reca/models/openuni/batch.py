@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from reca.images import to_tensor
-from reca.layers.attention import Segments
+from reca.layers.segments import Segments
 from reca.models.family import Variant
 from reca.models.openuni.config import OpenUniConfig
 from reca.models.openuni.prompt import PromptWriter

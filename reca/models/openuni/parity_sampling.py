@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reca.layers.attention import Segments
+from reca.layers.segments import Segments
 from reca.models.checkpoint import Slot, load_slots
 from reca.models.family import Pack, Reproduction, SampleOptions
 from reca.models.openuni.batch import Prompts

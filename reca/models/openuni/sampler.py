@@ -19,8 +19,8 @@ from torch import Tensor
 
 from reca.errors import ConfigError
 from reca.images import to_image, to_tensor
-from reca.layers.attention import Segments
 from reca.layers.implementation import common_arithmetic
+from reca.layers.segments import Segments
 from reca.models.family import SampleOptions, Variant
 from reca.models.openuni.batch import Prompts
 from reca.models.openuni.model import TIMESTEPS, OpenUniModel

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reca.kernels import Impl, gate_residual
-from reca.layers.attention import Segments, attention
+from reca.layers.attention import attention
 from reca.layers.norm import LayerNorm
+from reca.layers.segments import Segments
 from reca.models.openuni.config import VisionConfig
 
 _MEAN = (0.485, 0.456, 0.406)

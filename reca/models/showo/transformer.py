@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reca.kernels import Impl, qk_norm_rope, qk_norm_rope_spread
-from reca.layers.attention import Segments, attention
+from reca.layers.attention import attention
 from reca.layers.implementation import activation_dtype
 from reca.layers.mlp import MLP
 from reca.layers.norm import LayerNorm
+from reca.layers.segments import Segments
 from reca.models.showo.config import PhiConfig
 from reca.models.showo.sequence import Block
 from reca.types import TensorStruct
