@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -93,3 +94,16 @@ def test_every_operator_is_on_the_page() -> None:
     public = {"adaln_modulation": "layer_norm_modulate", "adamw": "adamw_"}
     for operator in OPERATORS:
         assert f"`{public.get(operator, operator)}`" in table, operator
+
+
+def test_the_launches_on_the_page_are_those_of_the_results_file() -> None:
+    text = README.read_text("utf-8")
+    table = text[text.index("<!-- launches -->") : text.index("<!-- /launches -->")]
+    lines = (README.parent / "benchmarks/results/launches/results.jsonl").read_text("utf-8").splitlines()
+    rows = [row.split("|") for row in table.splitlines()[3:]]
+    assert len(rows) == len(lines)
+    for row, line in zip(rows, lines, strict=True):
+        counted = json.loads(line)["launches"]
+        work = counted["official"]["ours_for_the_same_samples"] if row[2].strip() else counted["parts"][0]
+        for cell, kernels in zip(row[3:5], ("reference", "auto"), strict=True):
+            assert cell.strip() == f"{work[kernels]['launches']:,}, {work[kernels]['gb']:,.0f} GB"
