@@ -1,8 +1,8 @@
 """Checkpoints of a run: `checkpoints/step-00001234/`, published whole, verified before use.
 
-    model.safetensors       trained tensors
+    model.safetensors       trained tensors: fp32 masters, or bf16 where a run keeps no more
     ema.safetensors         their average, if one is kept
-    optimizer.safetensors   exp_avg/<name>, exp_avg_sq/<name>
+    optimizer.safetensors   exp_avg/<name>, exp_avg_sq/<name>; with moments in 8 bits their scales, too
     state.json              step and everything that is not a tensor
     MANIFEST.json           step, and bytes and SHA-256 of each file
 
@@ -38,7 +38,7 @@ class CheckpointState:
     Attributes:
         step: optimizer steps done.
         model: trained tensors only, by parameter name.
-        optimizer: `exp_avg/<name>` and `exp_avg_sq/<name>`; counters are in `meta`.
+        optimizer: what `AdamW.state` yields; counters are in `meta`.
         ema: average of the trained tensors; empty when no average is kept.
         meta: JSON-ready: data cursor, counters, seed, config hash, threads, schedule. A save adds `versions`.
     """

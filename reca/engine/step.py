@@ -25,7 +25,7 @@ class StepLoss:
     """Losses of a whole step as device scalars, fp32, over all microbatches and ranks.
 
     Attributes:
-        total: weighted sum of the terms; its gradients are in `.grad`.
+        total: weighted sum of the terms.
         terms: name -> normalised loss of that term, without its weight.
     """
 
@@ -67,7 +67,7 @@ def accumulate_gradients(
     precision: Precision = "fp32",
     collect: Callable[[], None] = lambda: None,
 ) -> StepLoss:
-    """Add the gradients of one step to `.grad`; how the step is cut into microbatches does not matter.
+    """Backward passes of one step; how the step is cut into microbatches does not matter.
 
         global:      loss = sum_name weight * (sum over microbatches of the term's sum) / (sum of its counts)
         microbatch:  loss = sum_name weight * (mean over microbatches of the term's sum / its own count)
@@ -80,7 +80,8 @@ def accumulate_gradients(
         weights: exactly the names that the model yields -> weight; a term of weight 0 is only measured.
         normalize: what each term's sum is divided by.
         precision: arithmetic of the forward pass.
-        collect: called after the backward pass of each microbatch.
+        collect: called after the backward pass of each microbatch, to take gradients out of `.grad`; else
+            autograd adds them up there.
 
     Returns: device scalars; the host reads nothing.
     Raises: ConfigError if the names of `weights` and of the model's terms differ.
